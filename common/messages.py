@@ -1,0 +1,234 @@
+"""The messages between processes, as our own types. `protos/convert.py` puts them on the wire and takes them off.
+
+Router and worker share one stream; `ticket` names one attempt of one request on it, chosen by the router and never
+used twice, so that what an abandoned attempt still says is recognised and dropped. Prefill and decode share another;
+`handover_id` names one handover of one incarnation of the source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .hashing import BlockHash
+from .types import FinishReason, Request, TokenLogprob, WorkerRef
+
+# --- router → worker ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Run this request. `decode` is the worker to hand it to; None: this worker decodes it itself."""
+
+    ticket: int
+    attempt: int
+    request: Request
+    decode: WorkerRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Forget this ticket and free its blocks; a ticket that is not known (any more) is no error."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """The router missed a KV event: send the whole set of cached hashes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Sent while nothing else is; silence longer than the lease means that the peer is gone."""
+
+
+RouterMessage = Submit | Cancel | Resync | Ping
+
+# --- worker → router ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """One output token at an absolute position."""
+
+    ticket: int
+    position: int
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Prefill began to compute the request; `cached_tokens` of it were found in the prefix cache."""
+
+    ticket: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """The decode worker acknowledged the commit: from here on the decode worker alone holds the request."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last word on a ticket that ended well."""
+
+    ticket: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last word on a ticket that did not; `code` as in `common.errors`."""
+
+    ticket: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvEvents:
+    """What entered and left this worker's prefix cache since the last event. `seq` counts events without a gap;
+    `reset` says that `stored` is the whole cache and that everything known before is void."""
+
+    seq: int
+    stored: tuple[BlockHash, ...] = ()
+    evicted: tuple[BlockHash, ...] = ()
+    reset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a worker is. Counters run since the worker's start; rates are smoothed, 0 until measured."""
+
+    waiting: int = 0
+    running: int = 0
+    queued_prefill_tokens: int = 0
+    total_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    reserved_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    handovers: int = 0
+    handover_bytes: int = 0
+    handover_seconds: float = 0.0
+    handover_skipped_blocks: int = 0
+    handover_aborts: tuple[tuple[str, int], ...] = ()
+    loop_age_s: float = 0.0
+    """Seconds since the engine loop last went round: a loop that hangs while the process answers shows here."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """All that one engine step has to tell one router, in one message."""
+
+    tokens: tuple[TokenOut, ...] = ()
+    started: tuple[Started, ...] = ()
+    handed_over: tuple[HandedOver, ...] = ()
+    finished: tuple[Finished, ...] = ()
+    failed: tuple[Failed, ...] = ()
+    kv: tuple[KvEvents, ...] = ()
+    load: Load | None = None
+
+
+# --- prefill (source) ↔ decode (target) -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Source → target: keep room for this request. Sent when it is scheduled, before anything is computed."""
+
+    handover_id: int
+    ticket: int
+    attempt: int
+    router: str
+    request: Request
+    source: WorkerRef
+    target: WorkerRef
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Target → source: room is kept. The first `cached_blocks` blocks are here already, pinned, and need not come."""
+
+    handover_id: int
+    cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Target → source: no; `code` as in `common.errors`."""
+
+    handover_id: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Source → target: all KV has been sent; here is the first token. `deadline_s` is what remains now."""
+
+    handover_id: int
+    first: TokenOut
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Target → source: the request is mine; free your side."""
+
+    handover_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Either way: this handover is over; neither side reads or writes the other's blocks any more."""
+
+    handover_id: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Source → target: these handovers still live. Extends their lease."""
+
+    handover_ids: tuple[int, ...]
+
+
+SourceMessage = Reserve | Commit | Abort | Renew
+TargetMessage = Reserved | Refused | Committed | Abort
+
+# --- worker → controller → gateway ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker's report to the controller. `state`: starting, loading, ready, draining, failed."""
+
+    name: str
+    role: str
+    state: str
+    address: str = ""
+    epoch: int = 0
+    progress: float = 0.0
+    detail: str = ""
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """All workers that the controller knows, with a version that grows with each change."""
+
+    version: int
+    workers: tuple[WorkerStatus, ...] = field(default=())

@@ -1,0 +1,60 @@
+"""A request while a worker holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..common.types import Request, SamplingParams
+
+SequenceKey = tuple[str, int]
+"""(router, ticket): one attempt of one request, unique on a worker."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens, and how far their KV is computed.
+
+    tokens        prompt and output so far; KV exists for tokens[:computed]
+    prompt_len    boundary between prompt and output (an earlier attempt's output lies beyond it)
+    blocks        ids of the KV blocks that hold positions [i * block_size, (i + 1) * block_size)
+    computed      number of leading tokens whose KV is in the pool
+    deadline      on the worker's own clock, seconds
+    """
+
+    key: SequenceKey
+    request: Request
+    attempt: int
+    arrival: float
+    deadline: float
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    cached: int = 0
+    preemptions: int = 0
+    started: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.tokens)
+
+    @property
+    def prompt_len(self) -> int:
+        return self.request.prompt_len
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def output_len(self) -> int:
+        """Output tokens so far, earlier attempts' included."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def max_len(self) -> int:
+        """Length at which the request ends by `max_tokens`."""
+        return self.prompt_len + self.params.max_tokens
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose KV has still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.computed
