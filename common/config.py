@@ -1,0 +1,128 @@
+"""One frozen configuration for each kind of process, resolved before anything is built.
+
+The launcher writes a process's configuration as one JSON line to its standard input; `to_json` and `from_json` are
+the two ends. Memory is in bytes, time in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from .errors import InvalidRequest
+from .types import Role
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How a worker computes. All of it that changes a number goes into the fingerprint."""
+
+    model: str
+    """Folder with config.json, safetensors and tokenizer.json."""
+    dtype: str = "auto"
+    """auto: float32 on CPU, bfloat16 on CUDA."""
+    device: str = "auto"
+    block_size: int = 16
+    kv_memory: int = 1 << 30
+    max_model_len: int = 0
+    """0: what the model's config.json says, bounded by what the KV pool holds."""
+    max_batch_tokens: int = 512
+    """Tokens that one step computes at most: the prefill chunk."""
+    max_running: int = 64
+    """Sequences that decode together at most."""
+    threads: int = 0
+    """CPU threads of this worker; 0: all cores."""
+    dummy_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverConfig:
+    """Limits of the KV handover."""
+
+    lease_s: float = 5.0
+    """A handover that is neither renewed nor fed for this long is aborted by its target."""
+    max_sending: int = 16
+    """Handovers that one decode worker takes in at a time."""
+    headroom_tokens: int = 64
+    """Room for output that a reservation includes beside the prompt."""
+    frame_bytes: int = 1 << 20
+    """Payload of one data frame at most."""
+    window_frames: int = 32
+    """Frames in flight from one source to one target at most: the credits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    name: str
+    role: Role
+    engine: EngineConfig
+    handover: HandoverConfig = field(default_factory=HandoverConfig)
+    model_name: str = ""
+    host: str = "127.0.0.1"
+    port: int = 0
+    controller: str = ""
+    """host:port of the controller; empty: alone (tests)."""
+    cluster_token: str = ""
+    """Shared secret of all processes of this cluster; also keys the block hashes."""
+    max_waiting: int = 1024
+    lease_s: float = 5.0
+    """Silence after which a router or peer is taken for gone."""
+    heartbeat_s: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """How requests are placed, bounded and tried again."""
+
+    lease_s: float = 5.0
+    """Silence after which a worker is taken out and its requests go elsewhere."""
+    heartbeat_s: float = 0.5
+    stall_s: float = 60.0
+    """An engine loop that has not gone round for this long is taken for hung, though its process answers."""
+    max_requests: int = 1024
+    """Requests that are admitted and not finished; more get `Overloaded`."""
+    max_attempts: int = 12
+    """Attempts of one request, refusals included, before it fails."""
+    max_losses: int = 3
+    """Workers lost while they held a request, before it fails as `PoisonRequest`."""
+    place_timeout_s: float = 30.0
+    """How long a request may wait for a worker to appear or to have room."""
+    max_index_blocks: int = 4_000_000
+    """Bound of the prefix index, in (hash, worker) entries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    model: str
+    """Folder of the model: config.json, tokenizer.json, chat template."""
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    controller: str = ""
+    cluster_token: str = ""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    block_size: int = 16
+    max_model_len: int = 0
+    request_timeout_s: float = 600.0
+    max_body_bytes: int = 16 << 20
+    max_stream_backlog: int = 4096
+    """Tokens that a client may leave unread before its request is aborted."""
+    drain_s: float = 30.0
+
+
+def to_json(config: WorkerConfig | GatewayConfig) -> bytes:
+    """One line of JSON."""
+    return msgspec.json.encode(config)
+
+
+def from_json(data: bytes, kind: type[T]) -> T:
+    """Raises `InvalidRequest` naming the field that is wrong."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"configuration: {error}") from error
