@@ -32,7 +32,7 @@ class EngineConfig:
     """0: what the model's config.json says, bounded by what the KV pool holds."""
     max_batch_tokens: int = 512
     """Tokens that one step computes at most: the prefill chunk."""
-    max_running: int = 64
+    max_running: int = 256
     """Sequences that decode together at most."""
     threads: int = 0
     """CPU threads of this worker; 0: all cores."""

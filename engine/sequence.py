@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..common.hashing import BlockHash
 from ..common.types import Request, SamplingParams
 
 SequenceKey = tuple[str, int]
@@ -17,6 +18,7 @@ class Sequence:
     tokens        prompt and output so far; KV exists for tokens[:computed]
     prompt_len    boundary between prompt and output (an earlier attempt's output lies beyond it)
     blocks        ids of the KV blocks that hold positions [i * block_size, (i + 1) * block_size)
+    hashes        chained hashes of the leading full blocks, as far as they were needed
     computed      number of leading tokens whose KV is in the pool
     deadline      on the worker's own clock, seconds
     """
@@ -28,6 +30,7 @@ class Sequence:
     deadline: float
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
     computed: int = 0
     cached: int = 0
     preemptions: int = 0

@@ -1,0 +1,89 @@
+"""The one block table of a worker: which sequence holds which blocks, and how far each is computed.
+
+Both roles work on it, so that a request can pass from prefill to decode inside one worker without a copy. Only the
+worker's own loop touches it.
+"""
+
+from __future__ import annotations
+
+from ..common.hashing import BlockHash, BlockHasher
+from .block_manager import BlockManager
+from .sequence import Sequence, SequenceKey
+
+
+class BlockTable:
+    """Maps sequences to blocks through `manager`; names full blocks with `hasher`."""
+
+    def __init__(self, num_blocks: int, hasher: BlockHasher) -> None:
+        self.manager = BlockManager(num_blocks)
+        self.hasher = hasher
+        self.block_size = hasher.block_size
+        self._sequences: dict[SequenceKey, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_size)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence of this length could ever be held, alone."""
+        return self.blocks_for(tokens) <= self.manager.num_blocks
+
+    def chain(self, sequence: Sequence) -> list[BlockHash]:
+        """Hashes of all full blocks of the sequence's tokens; remembered in the sequence and extended as it grows."""
+        known = sequence.hashes
+        parent = known[-1] if known else self.hasher.root(sequence.request.tenant)
+        for i in range(len(known), len(sequence.tokens) // self.block_size):
+            parent = self.hasher.child(parent, sequence.tokens[i * self.block_size : (i + 1) * self.block_size])
+            known.append(parent)
+        return known
+
+    def cached_prefix(self, sequence: Sequence, upto: int) -> list[int]:
+        """Blocks of the longest cached prefix that ends at or before token `upto`."""
+        return self.manager.match(self.chain(sequence)[: upto // self.block_size])
+
+    def admit(self, sequence: Sequence, cacheable: int, room: int) -> bool:
+        """Give a sequence that holds nothing its cached prefix, of at most `cacheable` tokens, and fresh blocks up to
+        `room` tokens in all. False, and nothing is taken, if the pool has no room now."""
+        assert not sequence.blocks
+        prefix = self.cached_prefix(sequence, cacheable)
+        self.manager.acquire(prefix)
+        fresh = max(0, self.blocks_for(room) - len(prefix))
+        if fresh > self.manager.available:
+            self.manager.release(prefix)
+            return False
+        sequence.blocks = prefix + self.manager.allocate(fresh)
+        sequence.computed = len(prefix) * self.block_size
+        self._sequences[sequence.key] = sequence
+        return True
+
+    def grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Make room for this many tokens in all. False, and nothing is taken, if the pool has none now."""
+        fresh = self.blocks_for(tokens) - len(sequence.blocks)
+        if fresh <= 0:
+            return True
+        if fresh > self.manager.available:
+            return False
+        sequence.blocks += self.manager.allocate(fresh)
+        return True
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """KV of `count` more tokens is in the pool: blocks that became full can be found by others from now on."""
+        first = sequence.computed // self.block_size
+        sequence.computed += count
+        hashes = self.chain(sequence)
+        for i in range(first, sequence.computed // self.block_size):
+            self.manager.seal(sequence.blocks[i], hashes[i])
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take all blocks back; what is full and computed stays cached. Does nothing the second time."""
+        if self._sequences.pop(sequence.key, None) is not None:
+            self.manager.release(sequence.blocks)
+            sequence.blocks = []
+            sequence.computed = 0
+
+    def check(self) -> None:
+        """Raises `BlockLeak` if any block is held by nobody that is known here, or held twice."""
+        self.manager.check(s.blocks for s in self._sequences.values())
