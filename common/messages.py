@@ -16,6 +16,15 @@ from .types import FinishReason, Request, TokenLogprob, WorkerRef
 
 
 @dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message on the stream: who calls, and which incarnation of the worker it means (0: any)."""
+
+    router: str
+    router_epoch: int
+    worker_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """Run this request. `decode` is the worker to hand it to; None: this worker decodes it itself."""
 
@@ -232,3 +241,22 @@ class Members:
 
     version: int
     workers: tuple[WorkerStatus, ...] = field(default=())
+
+# --- a worker's own state, for operators and tests ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What `check()` of a worker's block table found. `ok`: free + cached + those in use = all, and every reference
+    count is explained; otherwise `problem` says what is not."""
+
+    ok: bool
+    problem: str = ""
+    total_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    pinned_blocks: int = 0
+    reserved_blocks: int = 0
+    sequences: int = 0
+    handovers: int = 0
+    preemptions: int = 0
