@@ -6,6 +6,8 @@ Needs grpcio-tools (a development dependency).
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,13 +17,11 @@ COMPILED = HERE / "baton.binpb"
 
 
 def compiled() -> bytes:
-    """The serialised FileDescriptorSet of `baton.proto`. Raises `SyntaxError` where protoc refuses the file."""
-    from grpc_tools import protoc
-
+    """The serialised FileDescriptorSet of `baton.proto`. Raises `CalledProcessError` where protoc refuses the file."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "baton.binpb"
-        if protoc.main(["protoc", f"--proto_path={HERE}", f"--descriptor_set_out={out}", PROTO.name]) != 0:
-            raise SyntaxError(f"protoc refused {PROTO.name}")
+        protoc = [sys.executable, "-m", "grpc_tools.protoc"]
+        subprocess.run([*protoc, f"--proto_path={HERE}", f"--descriptor_set_out={out}", PROTO.name], check=True)
         return out.read_bytes()
 
 

@@ -1,0 +1,170 @@
+"""Streams, calls, errors and the cluster token over real gRPC on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from baton.common.errors import DeadlineExceeded, InvalidRequest, StaleEpoch, Unauthorized, WorkerLost
+from baton.common.messages import CheckReport, Hello, Members, Ping, StepReport, WorkerStatus
+from baton.common.types import WorkerRef
+from baton.protos import rpc
+from baton.protos.convert import FromRouter, FromSource, FromTarget, FromWorker
+from baton.protos.rpc import Peer, Stream
+
+TOKEN = "secret"
+
+
+class EchoWorker:
+    """Answers each message of a session with an empty report, and notes when a handler ended."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+        self.check_delay = 0.0
+
+    async def session(self, stream: Stream[FromRouter, FromWorker]) -> None:
+        try:
+            match await stream.read():
+                case Hello(worker_epoch=epoch) if epoch != 7:
+                    raise StaleEpoch(f"I am 7, not {epoch}")
+            while await stream.read() is not None:
+                await stream.write(StepReport())
+        finally:
+            self.ended.set()
+
+    async def control(self, stream: Stream[FromSource, FromTarget]) -> None:
+        hello = await stream.read()
+        assert isinstance(hello, WorkerRef)
+        await stream.write(WorkerRef("target", "b", 2))
+
+    async def check(self) -> CheckReport:
+        await asyncio.sleep(self.check_delay)
+        return CheckReport(ok=True, total_blocks=5)
+
+
+class OneWorkerController:
+    def __init__(self) -> None:
+        self.reported: list[WorkerStatus] = []
+
+    async def report(self, status: WorkerStatus) -> None:
+        if status.name == "stale":
+            raise StaleEpoch("there is a newer one")
+        self.reported.append(status)
+
+    async def watch(self) -> AsyncIterator[Members]:
+        yield Members(1)
+        yield Members(2, tuple(self.reported))
+
+
+@asynccontextmanager
+async def served(*handlers: rpc.Handlers, token: str = TOKEN) -> AsyncIterator[Peer]:
+    server = rpc.make_server(TOKEN, *handlers)
+    address = rpc.listen(server, "127.0.0.1", 0)
+    await server.start()
+    peer = Peer(address, token)
+    try:
+        yield peer
+    finally:
+        await peer.close()
+        await server.stop(1)
+
+
+async def test_a_session_carries_own_types_both_ways_and_ends_well() -> None:
+    worker = EchoWorker()
+    async with served(rpc.worker_handlers(worker)) as peer:
+        stream = peer.session()
+        await stream.write(Hello("r", 1, 7))
+        await stream.write(Ping())
+        assert await stream.read() == StepReport()
+        await stream.done_writing()
+        assert await stream.read() is None
+
+
+async def test_an_error_of_the_handler_is_raised_by_the_caller() -> None:
+    async with served(rpc.worker_handlers(EchoWorker())) as peer:
+        stream = peer.session()
+        await stream.write(Hello("r", 1, 8))
+        with pytest.raises(StaleEpoch, match="I am 7, not 8"):
+            await stream.read()
+
+
+async def test_a_caller_that_goes_away_ends_the_handler() -> None:
+    worker = EchoWorker()
+    async with served(rpc.worker_handlers(worker)) as peer:
+        stream = peer.session()
+        await stream.write(Hello("r", 1, 7))
+        await stream.write(Ping())
+        await stream.read()
+        stream.cancel()
+        await asyncio.wait_for(worker.ended.wait(), 5)
+
+
+async def test_malformed_bytes_end_the_call_with_a_typed_error() -> None:
+    async with served(rpc.worker_handlers(EchoWorker())) as peer:
+        stream = peer._stream(rpc.SESSION, rpc.RAW, rpc.RAW)
+        await stream.write(b"\xff\xff")
+        with pytest.raises(InvalidRequest, match="FromRouter"):
+            await stream.read()
+
+
+@pytest.mark.parametrize("token", ["", "secre", "secret2"])
+async def test_calls_without_the_right_token_are_refused(token: str) -> None:
+    worker = EchoWorker()
+    async with served(rpc.worker_handlers(worker), rpc.controller_handlers(OneWorkerController()), token=token) as peer:
+        with pytest.raises(Unauthorized):
+            await peer.check(5)
+        with pytest.raises(Unauthorized):
+            await peer.session().read()
+        with pytest.raises(Unauthorized):
+            await anext(peer.watch())
+        assert not worker.ended.is_set()
+
+
+async def test_controller_calls() -> None:
+    controller = OneWorkerController()
+    status = WorkerStatus("w", "decode", "ready", "127.0.0.1:1", 2**63, 1.0)
+    async with served(rpc.controller_handlers(controller)) as peer:
+        await peer.report(status, 5)
+        assert [members async for members in peer.watch()] == [Members(1), Members(2, (status,))]
+        with pytest.raises(StaleEpoch):
+            await peer.report(WorkerStatus("stale", "decode", "ready"), 5)
+
+
+async def test_control_and_check() -> None:
+    worker = EchoWorker()
+    async with served(rpc.worker_handlers(worker)) as peer:
+        assert await peer.check(5) == CheckReport(ok=True, total_blocks=5)
+        stream = peer.control()
+        await stream.write(WorkerRef("source", "a", 1))
+        assert await stream.read() == WorkerRef("target", "b", 2)
+        assert await stream.read() is None
+        worker.check_delay = 30
+        with pytest.raises(DeadlineExceeded):
+            await peer.check(0.05)
+
+
+async def test_payload_bytes_travel_as_they_are() -> None:
+    async def echo(stream: Stream[bytes, bytes]) -> None:
+        while (data := await stream.read()) is not None:
+            await stream.write(data)
+
+    async with served(rpc.data_handlers(echo)) as peer:
+        stream = peer.data()
+        for payload in (b"", b"\x00\xff", b"x" * (1 << 20)):
+            await stream.write(payload)
+            assert await stream.read() == payload
+
+
+async def test_nobody_there_is_a_lost_worker() -> None:
+    server = rpc.make_server(TOKEN)
+    address = rpc.listen(server, "127.0.0.1", 0)
+    await server.stop(0)
+    peer = Peer(address, TOKEN)
+    with pytest.raises(WorkerLost):
+        await peer.check(5)
+    with pytest.raises(WorkerLost):
+        await peer.session().write(Ping())
+    await peer.close()
