@@ -218,6 +218,27 @@ class Renew:
 SourceMessage = Reserve | Commit | Abort | Renew
 TargetMessage = Reserved | Refused | Committed | Abort
 
+# --- transport → engine loop, inside one worker -----------------------------------------------------------------------
+
+HandoverKey = tuple[str, int, int]
+"""(source name, source epoch, handover id): one handover, for its target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """All bytes that a reservation waits for have arrived."""
+
+    key: HandoverKey
+
+
+@dataclass(frozen=True, slots=True)
+class Spoiled:
+    """Bytes for a reservation arrived damaged or break the protocol."""
+
+    key: HandoverKey
+    message: str
+
+
 # --- worker → controller → gateway ----------------------------------------------------------------------------------
 
 

@@ -23,6 +23,10 @@ class BlockTable:
     def __len__(self) -> int:
         return len(self._sequences)
 
+    def holders(self) -> list[Sequence]:
+        """All sequences that hold blocks."""
+        return list(self._sequences.values())
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
         return -(-tokens // self.block_size)

@@ -34,7 +34,6 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     preemptions: int = 0
-    started: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.tokens)

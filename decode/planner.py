@@ -1,0 +1,82 @@
+"""Continuous batching: every running request gets one token in every step (Orca, OSDI '22).
+
+Pure: sequences and the block table in, slices out. When the pool runs out, the youngest request is preempted: its
+blocks go back (what was full stays in the prefix cache as long as nobody else needs it), and later its KV is computed
+again in place. A request is older than another if it arrived before it, and the oldest is never preempted for
+another's sake, so somebody always gets on and the pool cannot livelock.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from ..engine.block_table import BlockTable
+from ..engine.plan import StepPlan
+from ..engine.sequence import Sequence
+
+
+def _age(sequence: Sequence) -> tuple[int, float]:
+    return (-sequence.request.priority, sequence.arrival)
+
+
+class ContinuousBatching:
+    """Plans all sequences that have their prompt's KV, or had it before they were preempted."""
+
+    def __init__(self, table: BlockTable, max_running: int) -> None:
+        self._table = table
+        self._max_running = max_running
+        self.running: list[Sequence] = []  # oldest first
+        self.preempted: list[Sequence] = []  # oldest first
+        self.preemptions = 0
+
+    def join(self, sequence: Sequence) -> None:
+        """A sequence whose next token is known and whose KV before it is in the pool joins the batch."""
+        insort(self.running, sequence, key=_age)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence and take its blocks back."""
+        for group in (self.running, self.preempted):
+            if sequence in group:
+                group.remove(sequence)
+        self._table.drop(sequence)
+
+    def plan(self, plan: StepPlan) -> None:
+        """Add a slice for each running sequence that fits the budget; first make room, then resume who was
+        preempted and fits again."""
+        self._resume()
+        for sequence in list(self.running[: self._max_running]):
+            if plan.budget == 0:
+                break
+            if not sequence.blocks:
+                continue  # preempted a moment ago for an older one
+            if self._make_room(sequence):
+                plan.add(sequence, min(sequence.missing, plan.budget))
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Room for the KV of all tokens of this sequence, at the cost of younger ones if need be."""
+        while not self._table.grow(sequence, len(sequence.tokens)):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._table.drop(sequence)
+        sequence.preemptions += 1
+        self.preemptions += 1
+        insort(self.preempted, sequence, key=_age)
+
+    def _resume(self) -> None:
+        """Bring back the oldest preempted sequences while there is room for them and one block more for each that
+        runs, so that they are not thrown out again at once."""
+        while self.preempted:
+            sequence = self.preempted[0]
+            need = self._table.blocks_for(len(sequence.tokens) + 1) + len(self.running)
+            if self.running and need > self._table.manager.available:
+                break
+            if not self._table.admit(sequence, len(sequence.tokens) - 1, len(sequence.tokens)):
+                break
+            self.preempted.pop(0)
+            self.join(sequence)

@@ -1,0 +1,225 @@
+"""The border between the engine loop and the rest of its process.
+
+RPC handlers and transports post to the inbox and never touch the loop's state; the loop drains it between steps, and
+at the end of a step hands over all that it has to say in one go. Only plain messages cross, so that the two sides can
+live in one process or in two.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..common.errors import BatonError
+from ..common.messages import (
+    Failed,
+    Filled,
+    Finished,
+    HandedOver,
+    KvEvents,
+    Load,
+    RouterMessage,
+    SourceMessage,
+    Spoiled,
+    Started,
+    StepReport,
+    TargetMessage,
+    TokenOut,
+)
+from ..common.types import FinishReason, TokenLogprob, WorkerRef
+from .sequence import SequenceKey
+
+# --- what comes in ---
+
+
+@dataclass(frozen=True, slots=True)
+class FromRouter:
+    router: str
+    message: RouterMessage
+
+
+@dataclass(frozen=True, slots=True)
+class RouterJoined:
+    """A router opened its stream; it is owed the whole prefix cache and the load."""
+
+    router: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouterGone:
+    """A router's stream broke or fell silent: its requests end here."""
+
+    router: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromSource:
+    """From the worker that hands over to us."""
+
+    source: WorkerRef
+    message: SourceMessage
+
+
+@dataclass(frozen=True, slots=True)
+class FromTarget:
+    """From the worker that we hand over to."""
+
+    target: WorkerRef
+    message: TargetMessage
+
+
+@dataclass(frozen=True, slots=True)
+class SourceGone:
+    source: WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class TargetGone:
+    target: WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The books of a worker at one moment; `problem` is empty if they balance."""
+
+    problem: str
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    pinned_blocks: int
+    reserved_blocks: int
+    sequences: int
+    handovers: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Prove the books and tell; `reply` is called on the loop's thread."""
+
+    reply: Callable[[Inspection], None]
+
+
+InboxItem = (
+    FromRouter
+    | RouterJoined
+    | RouterGone
+    | FromSource
+    | FromTarget
+    | SourceGone
+    | TargetGone
+    | Filled
+    | Spoiled
+    | Inspect
+)
+
+
+class Inbox:
+    """Posted to by any thread, drained by the loop. Bounded by its producers: routers by their admission limit,
+    sources by `max_sending`, transports by their credits."""
+
+    def __init__(self) -> None:
+        self._items: deque[InboxItem] = deque()
+        self._wake = threading.Event()
+
+    def post(self, item: InboxItem) -> None:
+        self._items.append(item)
+        self._wake.set()
+
+    def drain(self) -> list[InboxItem]:
+        """All that has been posted, in order."""
+        self._wake.clear()
+        items = []
+        while self._items:
+            items.append(self._items.popleft())
+        return items
+
+    def wait(self, timeout: float) -> None:
+        """Return when something has been posted, or after `timeout` seconds."""
+        self._wake.wait(timeout)
+
+
+# --- what goes out ---
+
+
+@dataclass(slots=True)
+class _Report:
+    tokens: list[TokenOut] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
+    handed_over: list[HandedOver] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    kv: list[KvEvents] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """All that one step has to say: a report for each router, and messages to other workers in order."""
+
+    reports: dict[str, StepReport]
+    to_targets: list[tuple[WorkerRef, SourceMessage]]
+    to_sources: list[tuple[WorkerRef, TargetMessage]]
+
+
+class Outbox:
+    """Filled by the roles during a step; knows which routers are there to be told."""
+
+    def __init__(self) -> None:
+        self.routers: set[str] = set()
+        self._reports: dict[str, _Report] = {}
+        self._to_targets: list[tuple[WorkerRef, SourceMessage]] = []
+        self._to_sources: list[tuple[WorkerRef, TargetMessage]] = []
+
+    def _report(self, router: str) -> _Report:
+        report = self._reports.get(router)
+        if report is None:
+            report = self._reports[router] = _Report()
+        return report
+
+    def token(self, key: SequenceKey, position: int, token: int, logprob: TokenLogprob | None) -> None:
+        self._report(key[0]).tokens.append(TokenOut(key[1], position, token, logprob))
+
+    def started(self, key: SequenceKey, cached_tokens: int) -> None:
+        self._report(key[0]).started.append(Started(key[1], cached_tokens))
+
+    def handed_over(self, key: SequenceKey) -> None:
+        self._report(key[0]).handed_over.append(HandedOver(key[1]))
+
+    def finished(self, key: SequenceKey, reason: FinishReason) -> None:
+        self._report(key[0]).finished.append(Finished(key[1], reason))
+
+    def failed(self, key: SequenceKey, error: BatonError) -> None:
+        self._report(key[0]).failed.append(Failed(key[1], error.code, error.message))
+
+    def kv(self, router: str, events: KvEvents) -> None:
+        self._report(router).kv.append(events)
+
+    def to_target(self, target: WorkerRef, message: SourceMessage) -> None:
+        self._to_targets.append((target, message))
+
+    def to_source(self, source: WorkerRef, message: TargetMessage) -> None:
+        self._to_sources.append((source, message))
+
+    def flush(self, load: Callable[[], Load]) -> Mail | None:
+        """Everything since the last flush, the load with each report; None if there is nothing to say."""
+        if not (self._reports or self._to_targets or self._to_sources):
+            return None
+        now = load() if self._reports else None
+        reports = {
+            router: StepReport(
+                tuple(r.tokens),
+                tuple(r.started),
+                tuple(r.handed_over),
+                tuple(r.finished),
+                tuple(r.failed),
+                tuple(r.kv),
+                now,
+            )
+            for router, r in self._reports.items()
+            if router in self.routers
+        }
+        mail = Mail(reports, self._to_targets, self._to_sources)
+        self._reports, self._to_targets, self._to_sources = {}, [], []
+        return mail

@@ -1,0 +1,119 @@
+"""What makes a worker a prefill or a decode worker: a policy on the one loop. Here is what all policies share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..common.config import HandoverConfig
+from ..common.errors import BatonError
+from ..common.types import FinishReason, WorkerRef
+from .block_table import BlockTable
+from .mailbox import InboxItem, Outbox
+from .plan import Sampled, Slice, StepPlan
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the model and the configuration allow."""
+
+    eos_ids: frozenset[int]
+    max_model_len: int
+    max_batch_tokens: int
+    max_running: int
+    max_waiting: int
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the worker's start, and smoothed rates."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    handovers: int = 0
+    handover_bytes: int = 0
+    handover_seconds: float = 0.0
+    handover_skipped_blocks: int = 0
+    handover_aborts: dict[str, int] = field(default_factory=dict)
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+
+    def aborted(self, code: str) -> None:
+        self.handover_aborts[code] = self.handover_aborts.get(code, 0) + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What the roles of one worker share."""
+
+    ref: WorkerRef
+    fingerprint: str
+    table: BlockTable
+    outbox: Outbox
+    limits: Limits
+    handover: HandoverConfig
+    stats: Stats = field(default_factory=Stats)
+
+    def accept(self, sequence: Sequence, token: Sampled) -> FinishReason | None:
+        """Append a sampled token; say whether the request ends with it. The token that ends it is emitted too."""
+        sequence.tokens.append(token.token)
+        self.stats.output_tokens += 1
+        return self.ending(sequence)
+
+    def ending(self, sequence: Sequence) -> FinishReason | None:
+        """Why the request ends with its last token; None if it goes on."""
+        params, token = sequence.params, sequence.tokens[-1]
+        if sequence.output_len >= params.min_tokens and (
+            token in params.stop_token_ids or (token in self.limits.eos_ids and not params.ignore_eos)
+        ):
+            return FinishReason.STOP
+        if len(sequence.tokens) >= min(sequence.max_len, self.limits.max_model_len):
+            return FinishReason.LENGTH
+        return None
+
+    def emit(self, sequence: Sequence, sampled: Sampled) -> None:
+        """Tell the router the sequence's last token."""
+        self.outbox.token(sequence.key, len(sequence.tokens) - 1, sampled.token, sampled.logprob)
+
+
+class Role(Protocol):
+    """A policy. The loop calls, in each round: `receive` for each item, `tick`, `plan`, `on_layer` while the step runs,
+    and `computed` (or `failed`) for each slice that this role planned."""
+
+    def receive(self, item: InboxItem, now: float) -> None: ...
+
+    def tick(self, now: float) -> None: ...
+
+    def plan(self, plan: StepPlan, now: float) -> None: ...
+
+    def on_layer(self, layer: int) -> None: ...
+
+    def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None: ...
+
+    def failed(self, part: Slice, error: BatonError) -> None: ...
+
+    def sequences(self) -> Iterable[Sequence]:
+        """All that this role holds."""
+        ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that wait to be computed."""
+        ...
+
+    @property
+    def handovers(self) -> int: ...
+
+    @property
+    def reserved_blocks(self) -> int: ...
