@@ -1,0 +1,117 @@
+"""`baton bench`: the commands in front of this room. Each imports what it needs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from .sweep import Plan
+
+app = typer.Typer(
+    help="Measure: load on a server, systems side by side, the gateway alone, memory.", no_args_is_help=True
+)
+
+N = TypeVar("N", int, float)
+
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads in total.")]
+Save = Annotated[str, typer.Option("--save", help="Write bench/results/NAME.json and NAME.png.", metavar="NAME")]
+
+
+@app.command(epilog="Example: baton bench load http://127.0.0.1:8000 --concurrency 1,8,32 --input 128 --output 128")
+def load(
+    url: Annotated[str, typer.Argument(help="Root of an OpenAI-compatible server.")],
+    concurrency: Annotated[str, typer.Option(help="Closed loop: requests in flight; several: 1,8,32.")] = "",
+    rate: Annotated[str, typer.Option(help="Open loop: Poisson arrivals a second; several: 0.5,1,2.")] = "",
+    trace: Annotated[Path | None, typer.Option(help="Open loop: replay a trace (see bench/trace.py).")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each run.")] = 64,
+    input_len: Annotated[int, typer.Option("--input", min=1, help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option("--output", min=1, help="Tokens of each answer.")] = 128,
+    shared: Annotated[float, typer.Option(min=0, max=1, help="Share of each prompt that all have in common.")] = 0.0,
+    speed: Annotated[float, typer.Option(min=1e-3, help="Trace: replay this many times faster.")] = 1.0,
+    limit: Annotated[int, typer.Option(min=0, help="Trace: first N requests; 0: all.")] = 100,
+    shrink: Annotated[int, typer.Option(min=1, help="Trace: divide all lengths by this.")] = 1,
+    max_len: Annotated[int, typer.Option(min=0, help="Trace: leave out longer requests; 0: none.")] = 0,
+    slo_ttft: Annotated[float, typer.Option(min=0, help="SLO on TTFT in ms; 0: no goodput.")] = 0.0,
+    slo_tpot: Annotated[float, typer.Option(min=0, help="SLO on TPOT in ms.")] = 0.0,
+    model: Annotated[str, typer.Option(help="Model name; empty: the server's first.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Folder with tokenizer.json: prompts of real words.")] = "",
+    chat: Annotated[bool, typer.Option("--chat", help="Ask /v1/chat/completions; needs --tokenizer.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Send text, not token ids; needs --tokenizer.")] = False,
+    eos: Annotated[bool, typer.Option("--respect-eos", help="Do not send ignore_eos: answers may be shorter.")] = False,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before each run that are not counted.")] = 4,
+    seed: Annotated[int | None, typer.Option(help="Of prompts and arrivals; drawn and recorded if left out.")] = None,
+    api_key: Annotated[str, typer.Option(envvar="BATON_API_KEY", help="Bearer token.")] = "",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request counts as failed.")] = 600.0,
+    save: Save = "",
+) -> None:
+    """Load a server and measure TTFT, ITL, TPOT, end-to-end latency, tokens/s and goodput."""
+    from . import sweep
+
+    if sum((bool(concurrency), bool(rate), trace is not None)) != 1:
+        raise typer.BadParameter("choose one of --concurrency, --rate and --trace")
+    if (chat or text) and not tokenizer:
+        raise typer.BadParameter("prompts as text need --tokenizer to have exact lengths")
+    if bool(slo_ttft) != bool(slo_tpot):
+        raise typer.BadParameter("--slo-ttft and --slo-tpot go together")
+    plan = sweep.Plan(
+        url=url, api_key=api_key, model=model, tokenizer=tokenizer, chat=chat, text=text or chat, ignore_eos=not eos,
+        timeout_s=timeout, concurrency=_numbers(concurrency, int), rates=_numbers(rate, float), trace=trace,
+        speed=speed, limit=limit, shrink=shrink, max_len=max_len, requests=requests, input_len=input_len,
+        output_len=output_len, shared=shared, warmup=warmup, seed=sweep.fresh_seed() if seed is None else seed,
+        slo_s=(slo_ttft / 1e3, slo_tpot / 1e3) if slo_ttft else None,
+    )  # fmt: skip
+    _sweep(plan, save)
+
+
+def _sweep(plan: Plan, save: str) -> None:
+    from . import report, sweep
+
+    console = Console()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        bar = progress.add_task("", total=0)
+        try:
+            runs = sweep.run(plan, lambda label, total: progress.reset(bar, description=label, total=total),
+                             lambda: progress.advance(bar))  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from error
+    console.print(report.table([summary for summary, _ in runs], f"{plan.title} (seed {plan.seed})"))
+    if save:
+        from .plot import draw_load
+
+        path = report.write(save, "load", [report.plain(summary) for summary, _ in runs], plan.parameters())
+        draw_load(path.with_suffix(".png"), runs, plan.title)
+        console.print(f"wrote results/{path.name} and its plot")
+
+
+@app.command(epilog="Example: baton bench memory --threads 2 --model models/demo")
+def memory(
+    threads: Threads = 2,
+    model: Annotated[Path | None, typer.Option(help="Model folder: state the limit on tokens/s as well.")] = None,
+) -> None:
+    """Read bandwidth of this machine's memory, and what it allows: tokens/s of one sequence."""
+    from .machine import read_bandwidth, weight_bytes
+
+    bandwidth = read_bandwidth(threads)
+    typer.echo(f"read bandwidth, {threads} threads: {bandwidth / 1e9:.1f} GB/s")
+    if model is not None:
+        size = weight_bytes(model)
+        typer.echo(
+            f"weights {size / 1e6:.0f} MB, each read once a step: at most {bandwidth / size:.1f} tokens/s at batch 1"
+        )
+
+
+def _numbers(text: str, kind: type[N]) -> tuple[N, ...]:
+    try:
+        numbers = tuple(kind(part) for part in text.split(",") if part)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers") from error
+    if any(number <= 0 for number in numbers):
+        raise typer.BadParameter(f"{text!r}: numbers above 0 are wanted")
+    return numbers

@@ -1,0 +1,154 @@
+"""From samples to numbers: quantiles, rates, goodput. JSON keeps seconds; tables show milliseconds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from .client import Sample
+from .load import Run
+from .machine import provenance
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Of one latency, in seconds; NaN where nothing was measured."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Quantiles:
+        data = np.fromiter(values, dtype=float)
+        if not data.size:
+            return cls(*[float("nan")] * 4)
+        p50, p90, p99 = np.percentile(data, (50, 90, 99))
+        return cls(float(p50), float(p90), float(p99), float(data.mean()))
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What a user should get: TTFT and TPOT in seconds."""
+
+    ttft: float
+    tpot: float
+
+    def met(self, sample: Sample) -> bool:
+        """A failed request meets none."""
+        return not sample.error and sample.ttft <= self.ttft and (sample.tpot or 0.0) <= self.tpot
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Requests that met both SLOs (DistServe, Zhong et al., OSDI'24): as a share of all that were sent, failures
+    included, and in each second. Their goodput of a system is the highest rate at which the share stays ≥ 0.9."""
+
+    slo: Slo
+    share: float
+    requests_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One run in numbers. `label` says what was varied: "concurrency 8", "rate 2.0"."""
+
+    label: str
+    requests: int
+    errors: dict[str, int]
+    wall_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    requests_per_s: float
+    ttft: Quantiles
+    itl: Quantiles
+    tpot: Quantiles
+    e2e: Quantiles
+    goodput: Goodput | None
+
+
+def summarise(label: str, run: Run, slo: Slo | None = None) -> Summary:
+    """Latencies are those of requests that succeeded; errors are counted by type."""
+    good = [sample for sample in run.samples if not sample.error]
+    tokens = sum(sample.tokens for sample in good)
+    goodput = None
+    if slo is not None:
+        met = sum(slo.met(sample) for sample in run.samples)
+        goodput = Goodput(slo, met / max(1, len(run.samples)), met / run.wall_s)
+    return Summary(
+        label=label,
+        requests=len(run.samples),
+        errors=dict(Counter(sample.error for sample in run.samples if sample.error)),
+        wall_s=run.wall_s,
+        prompt_tokens=sum(sample.prompt_tokens for sample in good),
+        cached_tokens=sum(sample.cached_tokens for sample in good),
+        output_tokens=tokens,
+        output_tokens_per_s=tokens / run.wall_s,
+        requests_per_s=len(good) / run.wall_s,
+        ttft=Quantiles.of(sample.ttft for sample in good),
+        itl=Quantiles.of(gap for sample in good for gap in sample.itl),
+        tpot=Quantiles.of(sample.tpot for sample in good if sample.tpot is not None),
+        e2e=Quantiles.of(sample.e2e for sample in good),
+        goodput=goodput,
+    )
+
+
+def table(summaries: Sequence[Summary], title: str) -> Table:
+    """Rates, and p50 / p90 / p99 of each latency in milliseconds."""
+    grid = Table(title=title, caption="latencies: p50 / p90 / p99 in ms")
+    for name in ("run", "ok", "errors", "tok/s", "req/s", "TTFT", "ITL", "TPOT", "end to end", "goodput"):
+        grid.add_column(name, justify="left" if name == "run" else "right")
+    for s in summaries:
+        failed = sum(s.errors.values())
+        errors = ", ".join(f"{count} {kind}" for kind, count in sorted(s.errors.items())) or "0"
+        goodput = f"{s.goodput.share:.0%}, {s.goodput.requests_per_s:.2f}/s" if s.goodput else "–"
+        grid.add_row(
+            s.label,
+            str(s.requests - failed),
+            errors,
+            f"{s.output_tokens_per_s:.1f}",
+            f"{s.requests_per_s:.2f}",
+            *(_ms(q) for q in (s.ttft, s.itl, s.tpot, s.e2e)),
+            goodput,
+        )
+    return grid
+
+
+def _ms(q: Quantiles) -> str:
+    return " / ".join("–" if np.isnan(v) else f"{v * 1e3:.4g}" for v in (q.p50, q.p90, q.p99))
+
+
+def write(name: str, kind: str, results: Any, parameters: dict[str, Any]) -> Path:
+    """Write results/NAME.json: what was measured, on which machine, at which commit, by which command, when."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    document = {"kind": kind, **provenance(), "parameters": parameters, "results": results}
+    path.write_text(json.dumps(_finite(document), indent=1) + "\n")
+    return path
+
+
+def plain(summary: Summary) -> dict[str, Any]:
+    return asdict(summary)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what was not measured becomes null. Floats keep six digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
