@@ -1,0 +1,146 @@
+"""Weights: from a checkpoint's safetensors, or made up (dummy), into the layout that the operations want."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..common.errors import InvalidRequest
+from ..kernels.ops import Ops
+from .model import LayerWeights, Weights
+from .model_config import ModelConfig
+
+Progress = Callable[[float], None]
+"""Called with the share that is done, 0 to 1."""
+
+TensorSource = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""A tensor by its Hugging Face name; must have the given shape."""
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def load_weights(
+    folder: Path, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> Weights:
+    """Read model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    Raises `InvalidRequest` that names missing, unexpected or wrongly shaped tensors.
+    """
+    where = _tensor_files(folder)
+    used: set[str] = set()
+
+    def source(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in where:
+            raise InvalidRequest(f"{folder}: tensor {name} is missing", param="model")
+        used.add(name)
+        with safe_open(where[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        if tensor.shape != shape:
+            raise InvalidRequest(
+                f"{folder}: tensor {name} is {list(tensor.shape)}; config.json says {list(shape)}", param="model"
+            )
+        return tensor.to(device=device, dtype=dtype)
+
+    weights = assemble(config, source, ops, progress)
+    # Old checkpoints carry RoPE's frequencies, and some a head although the embedding serves as head.
+    harmless = {name for name in where if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
+    unexpected = sorted(where.keys() - used - harmless)
+    if unexpected:
+        raise InvalidRequest(f"{folder}: unexpected tensors: {', '.join(unexpected[:5])}", param="model")
+    return weights
+
+
+def dummy_weights(
+    config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> Weights:
+    """Random weights, the same for everyone, made on the device: to measure speed without a checkpoint."""
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def source(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+
+    return assemble(config, source, ops, progress)
+
+
+def assemble(config: ModelConfig, source: TensorSource, ops: Ops, progress: Progress) -> Weights:
+    """Ask `source` for every tensor of the model and fuse and pack them."""
+    hidden = config.hidden_size
+    table = ops.pack(source("model.embed_tokens.weight", (config.vocab_size, hidden)))
+    head = table if config.tied else ops.pack(source("lm_head.weight", (config.vocab_size, hidden)))
+    layers = []
+    for index in range(config.num_layers):
+        progress((index + 1) / (config.num_layers + 1))
+        layers.append(_layer(config, source, ops, f"model.layers.{index}."))
+    final_gain = source("model.norm.weight", (hidden,))
+    progress(1.0)
+    return Weights(table, tuple(layers), final_gain, head)
+
+
+def _layer(config: ModelConfig, source: TensorSource, ops: Ops, prefix: str) -> LayerWeights:
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_heads * dim, config.num_kv_heads * dim
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    gate_up = {"gate_proj": inner, "up_proj": inner}
+
+    def matrix(room: str, parts: dict[str, int], columns: int) -> torch.Tensor:
+        return ops.pack(torch.cat([source(f"{room}{name}.weight", (rows, columns)) for name, rows in parts.items()]))
+
+    def bias(present: bool, room: str, parts: dict[str, int]) -> torch.Tensor | None:
+        return torch.cat([source(f"{room}{name}.bias", (rows,)) for name, rows in parts.items()]) if present else None
+
+    return LayerWeights(
+        input_gain=source(prefix + "input_layernorm.weight", (hidden,)),
+        qkv=matrix(attention, qkv, hidden),
+        qkv_bias=bias(config.qkv_bias, attention, qkv),
+        query_gain=source(attention + "q_norm.weight", (dim,)) if config.qk_norm else None,
+        key_gain=source(attention + "k_norm.weight", (dim,)) if config.qk_norm else None,
+        output=matrix(attention, {"o_proj": hidden}, queries),
+        output_bias=bias(config.o_bias, attention, {"o_proj": hidden}),
+        inner_gain=source(prefix + "post_attention_layernorm.weight", (hidden,)),
+        gate_up=matrix(mlp, gate_up, hidden),
+        gate_up_bias=bias(config.mlp_bias, mlp, gate_up),
+        down=matrix(mlp, {"down_proj": hidden}, inner),
+        down_bias=bias(config.mlp_bias, mlp, {"down_proj": hidden}),
+    )
+
+
+def weights_digest(folder: Path) -> str:
+    """Cheap name of a checkpoint's content: config.json whole, and of each safetensors file the header, the size
+    and bytes sampled at even distances. Tells checkpoints apart; does not prove that no byte was changed."""
+    digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=16)
+    for path in sorted(set(_tensor_files(folder).values())):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(size.to_bytes(8, "little") + file.read(header))
+            for i in range(_SAMPLES):
+                file.seek(8 + header + (size - 8 - header) * i // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Name of each tensor → the file that holds it."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        shards = {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
+    elif single.exists():
+        shards = {single}
+    else:
+        raise InvalidRequest(f"{folder} has neither {single.name} nor {index.name}", param="model")
+    found: dict[str, Path] = {}
+    for path in sorted(shards):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        except (OSError, SafetensorError) as error:
+            raise InvalidRequest(f"{path} cannot be read: {error}", param="model") from error
+    return found
