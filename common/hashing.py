@@ -17,6 +17,12 @@ BlockHash = bytes
 """16 bytes."""
 
 
+def cluster_key(token: str) -> bytes:
+    """The key of all hashers of a cluster, from its shared secret: router and workers name blocks alike, others can
+    not compute the names."""
+    return hashlib.blake2b(token.encode(), digest_size=32, person=b"baton-cluster").digest()
+
+
 class BlockHasher:
     """Hashes full blocks of `block_size` tokens under `key` (at most 64 bytes)."""
 
