@@ -1,0 +1,216 @@
+"""The gateway and its router by themselves, in front of a stand-in worker that emits words at once.
+
+Three measurements: the most streamed tokens a second, one event each, and what they cost in processor time; small
+requests a second; and, at half the highest rate, how long a token takes from leaving the worker to reaching the
+client. Gateway, stand-in and client are three processes on one machine and share its monotonic clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..common.config import GatewayConfig
+from ..common.errors import BatonError, NotReady
+from ..common.messages import WorkerStatus
+from ..deploy.launcher import LocalLauncher, Spec
+from ..deploy.members import MemberTable
+from ..protos.rpc import controller_handlers, listen, make_server
+from .report import Quantiles
+from .standin import NAME
+from .systems import free_port, wait_ready
+from .wire import HttpClient
+from .workload import Words
+
+TOKEN = "bench"
+WARM_UP_STREAMS = 8
+START_TIMEOUT_S = 60.0
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayResult:
+    """`per_core`: tokens (or requests) for each second of the gateway's processor time, all its threads together."""
+
+    streams: int
+    tokens_per_s: float
+    tokens_per_s_per_core: float
+    requests_per_s: float
+    requests_per_s_per_core: float
+    paced_tokens_per_s: float
+    added_latency: Quantiles
+    """Seconds from a token's leaving the stand-in to its event's arrival, at `paced_tokens_per_s`."""
+
+
+class StandinProcess:
+    """The stand-in worker's process, seen from the bench."""
+
+    def __init__(self, child: asyncio.subprocess.Process) -> None:
+        self._child = child
+
+    @classmethod
+    async def start(cls, words: Words, vocab_size: int) -> tuple[StandinProcess, WorkerStatus]:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "baton.bench.standin"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=1 << 28,
+        )
+        process = cls(child)
+        facts = await process.tell({"vocab_size": vocab_size, "words": list(words.ids), "token": TOKEN})
+        status = WorkerStatus(
+            NAME, "colocated", "ready", address=facts["address"], epoch=facts["epoch"], pid=facts["pid"]
+        )
+        return process, status
+
+    async def tell(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Send a command and wait for its answer. Raises `NotReady` where the process ends instead."""
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._child.stdin.write(msgspec.json.encode(command) + b"\n")
+        async with asyncio.timeout(START_TIMEOUT_S):
+            line = await self._child.stdout.readline()
+        if not line:
+            raise NotReady("the stand-in worker has ended")
+        return dict(msgspec.json.decode(line))
+
+    async def stop(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        await asyncio.wait_for(self._child.wait(), 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """A running gateway with its stand-in, and the client that measures them."""
+
+    http: HttpClient
+    standin: StandinProcess
+    gateway_pid: int
+
+    async def streams(self, count: int, tokens: int, first: int) -> list[tuple[str, list[float]]]:
+        """Run `count` streams of `tokens` tokens at once; (key, arrival of each token) of each. Raises `BatonError`
+        where a stream is not whole."""
+        return await asyncio.gather(*(self._stream(first + i, tokens) for i in range(count)))
+
+    async def _stream(self, number: int, tokens: int) -> tuple[str, list[float]]:
+        key = (1000 + number // 10000, 1000 + number % 10000)
+        body = msgspec.json.encode(
+            {"model": NAME, "prompt": [*key, *range(2000, 2014)], "max_tokens": tokens, "stream": True,
+             "temperature": 0, "ignore_eos": True}
+        )  # fmt: skip
+        arrivals: list[float] = []
+        last = b""
+
+        def on_event(now: float, data: bytes) -> None:
+            nonlocal last
+            arrivals.append(now)
+            last = data
+
+        response = await self.http.post("/v1/completions", body, on_event, timeout_s=120.0)
+        if response.status != 200 or last != b"[DONE]" or not tokens < len(arrivals) <= tokens + 2:
+            detail = response.body[:200].decode(errors="replace")
+            raise BatonError(f"stream {number}: status {response.status}, {len(arrivals)} events. {detail}")
+        return f"{key[0]}-{key[1]}", arrivals[:tokens]
+
+    async def request(self, number: int) -> None:
+        """One small request, not streamed: four tokens in, one out."""
+        prompt = [1000 + number // 10000, 1000 + number % 10000, 2000, 2001]
+        body = msgspec.json.encode({"model": NAME, "prompt": prompt, "max_tokens": 1, "temperature": 0})
+        response = await self.http.post("/v1/completions", body, timeout_s=60.0)
+        if response.status != 200:
+            raise BatonError(f"request {number}: status {response.status} {response.body[:200].decode()}")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used so far, user and system, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@asynccontextmanager
+async def rig(model: Path) -> AsyncIterator[Rig]:
+    """Start controller table, stand-in and the real gateway process on `model`'s tokenizer; end them afterwards."""
+    words = Words.from_tokenizer(str(model))
+    vocab_size = int(msgspec.json.decode((model / "config.json").read_bytes())["vocab_size"])
+    table = MemberTable()
+    server = make_server(TOKEN, controller_handlers(table))
+    address = listen(server, "127.0.0.1", 0)
+    await server.start()
+    standin, status = await StandinProcess.start(words, vocab_size)
+    table.put(status)
+    config = GatewayConfig(
+        model=str(model), model_name=NAME, port=free_port(), controller=address, cluster_token=TOKEN,
+        max_model_len=1 << 16,
+    )  # fmt: skip
+    gateway = await LocalLauncher().start(Spec("gateway", config))
+    http = HttpClient(f"http://127.0.0.1:{config.port}")
+    try:
+        await wait_ready(http, START_TIMEOUT_S)
+        yield Rig(http, standin, gateway.pid)
+    finally:
+        http.close()
+        gateway.terminate()
+        try:
+            await asyncio.wait_for(gateway.wait(), 10.0)
+        finally:
+            gateway.kill()
+            await standin.stop()
+            await server.stop(grace=None)
+
+
+async def _timed(pid: int, work: Awaitable[Any]) -> tuple[Any, float, float]:
+    """Result, wall seconds and the process's processor seconds of some work."""
+    cpu, begin = cpu_seconds(pid), time.monotonic()
+    result = await work
+    return result, time.monotonic() - begin, cpu_seconds(pid) - cpu
+
+
+async def measure(model: Path, streams: int, tokens: int, rounds: int, note: Note) -> GatewayResult:
+    """The whole benchmark: the best of `rounds` for the rates, all rounds together for the latency."""
+    async with rig(model) as bench:
+        await bench.streams(WARM_UP_STREAMS, tokens, first=0)
+        number = WARM_UP_STREAMS
+        wall_rate = core_rate = 0.0
+        for turn in range(rounds):
+            note(f"streams at full speed, {turn + 1} of {rounds}")
+            _, wall, cpu = await _timed(bench.gateway_pid, bench.streams(streams, tokens, number))
+            number += streams
+            wall_rate, core_rate = max(wall_rate, streams * tokens / wall), max(core_rate, streams * tokens / cpu)
+
+        note("small requests")
+        count = 32 * streams
+        _, wall, cpu = await _timed(bench.gateway_pid, _many_requests(bench, count, streams, number))
+        number += count
+        requests, requests_core = count / wall, count / cpu
+
+        delays: list[float] = []
+        pace = wall_rate / 2
+        await bench.standin.tell({"step_s": streams / pace})
+        await bench.standin.tell({"stamps": True})
+        for turn in range(rounds):
+            note(f"streams at half speed, {turn + 1} of {rounds}")
+            got = await bench.streams(streams, tokens, number)
+            number += streams
+            left = (await bench.standin.tell({"stamps": True}))["stamps"]
+            delays += [there - here for key, times in got for here, there in zip(left[key], times, strict=True)]
+    return GatewayResult(streams, wall_rate, core_rate, requests, requests_core, pace, Quantiles.of(delays))
+
+
+async def _many_requests(bench: Rig, count: int, width: int, first: int) -> None:
+    numbers = iter(range(first, first + count))
+
+    async def lane() -> None:
+        for number in numbers:
+            await bench.request(number)
+
+    await asyncio.gather(*(lane() for _ in range(width)))
