@@ -203,7 +203,8 @@ def _tensors(facts: Facts, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tens
 
 def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """llama.cpp interleaves the two halves that RoPE rotates against each other; Hugging Face keeps them apart."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    split = weight.view(heads, -1, 2, *weight.shape[1:])
+    return split.transpose(1, 2).reshape(weight.shape)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ class TorchRunner:
         )
         return self._move(np.fromiter(tokens, dtype=np.int64, count=int(starts[-1]))), rows
 
-    def _move(self, array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def _move(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 

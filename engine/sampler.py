@@ -23,8 +23,8 @@ _NUCLEUS = 256
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits: SplitMix64's output function over (seed, position), twice."""
-    return (_mix(_mix(seed) + position * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+    """A number in [0, 1) with 52 random bits: SplitMix64's output function over (seed, position), twice."""
+    return (_mix(_mix(seed) + position * 0x9E3779B97F4A7C15) >> 12) * 2.0**-52
 
 
 def _mix(value: int) -> int:

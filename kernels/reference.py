@@ -39,7 +39,7 @@ class TorchOps:
     ) -> None:
         count = len(qkv)
         split = qkv.view(count, heads.queries + 2 * heads.keys, heads.dim)
-        query, key, value = split.split((heads.queries, heads.keys, heads.keys), dim=1)
+        query, key, value = torch.split(split, [heads.queries, heads.keys, heads.keys], dim=1)
         if heads.query_gain is not None and heads.key_gain is not None:
             query.copy_(self.rms_norm(query, heads.query_gain, heads.eps))
             key.copy_(self.rms_norm(key, heads.key_gain, heads.eps))
@@ -58,8 +58,10 @@ class TorchOps:
         parts = []
         if rows.singles:
             parts.append(_decode(query[: rows.singles], heads, rows, kv))
-        for i in range(rows.singles, len(rows.row_lengths)):
-            parts.append(_prefill(query[rows.row_starts[i] : rows.row_starts[i + 1]], heads, rows, kv, i))
+        parts.extend(
+            _prefill(query[rows.row_starts[i] : rows.row_starts[i + 1]], heads, rows, kv, i)
+            for i in range(rows.singles, len(rows.row_lengths))
+        )
         return torch.cat(parts).view(count, heads.queries * heads.dim)
 
 

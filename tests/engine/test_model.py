@@ -1,0 +1,120 @@
+"""The model against transformers, on tiny random checkpoints of every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from baton.common.config import EngineConfig
+from baton.common.types import Request, SamplingParams
+from baton.engine.plan import StepPlan
+from baton.engine.runner import Engine, build_engine
+from baton.engine.sequence import Sequence
+
+from ..tiny import make_checkpoint
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-untied-all-heads": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "llama-one-kv-head": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-odd-sizes": ("llama", {"vocab_size": 301, "intermediate_size": 90, "head_dim": 32}),
+    "llama-tiny-heads": ("llama", {"head_dim": 8}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    "yarn-rope": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+    "mistral-window": ("mistral", {"sliding_window": 24}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": False}),
+}
+
+
+def start(path: Path, **overrides: Any) -> Engine:
+    config = EngineConfig(model=str(path), threads=2, device="cpu", kv_memory=4 << 20, max_batch_tokens=64)
+    return build_engine(
+        config if not overrides else EngineConfig(**{**_fields(config), **overrides}), lambda share: None
+    )
+
+
+def _fields(config: EngineConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in EngineConfig.__slots__}
+
+
+def sequence(tokens: Listing[int], first_block: int, number: int = 0, **params: Any) -> Sequence:
+    """A sequence with 20 blocks of 16 tokens, in an order that is not the natural one."""
+    settings = SamplingParams(**({"max_tokens": 1000, "temperature": 0.0} | params))
+    blocks = [first_block + (i * 7) % 20 for i in range(20)]
+    return Sequence(
+        ("", number), Request(str(number), tuple(tokens), len(tokens), settings), 0, 0.0, 0.0, blocks=blocks
+    )
+
+
+def advance(engine: Engine, parts: Listing[tuple[Sequence, int]]) -> None:
+    """One step over (sequence, tokens to compute); what is sampled is appended."""
+    plan = StepPlan(budget=10_000)
+    for owner, count in parts:
+        plan.add(owner, count)
+    results = engine.runner.run(plan)
+    for (owner, count), result in zip(parts, results, strict=True):
+        owner.computed += count
+        if result is not None:
+            owner.tokens.append(result.token)
+
+
+def reference(path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def greedy(model: Any, tokens: Listing[int], count: int) -> list[int]:
+    """Reference tokens; fails where a choice is so close that rounding may decide it."""
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            eos_token_id=None,
+            do_sample=False,
+        )
+    found: list[int] = out[0, len(tokens) :].tolist()
+    with torch.no_grad():
+        best = model(out).logits[0, len(tokens) - 1 : -1].topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 1e-4
+    return found
+
+
+def prompts(*lengths: int, vocabulary: int = 300) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
+    arch, overrides = VARIANTS[name]
+    path = make_checkpoint(tmp_path, arch, **overrides)
+    model, engine = reference(path), start(path)
+    running = [sequence(tokens, 1 + 20 * i, i) for i, tokens in enumerate(prompts(1, 16, 37, 70))]
+    first, second, third, fourth = running
+    advance(engine, [(first, 1), (fourth, 33)])
+    advance(engine, [(second, 16), (first, 1), (fourth, 37), (third, 5)])
+    advance(engine, [(third, 32), (second, 1), (fourth, 1), (first, 1)])
+    while len(first.tokens) < 30:
+        advance(engine, [(each, each.missing) for each in running])
+    for each in running:
+        prompt = each.tokens[: each.prompt_len]
+        assert each.tokens[each.prompt_len :] == greedy(model, prompt, each.output_len)
