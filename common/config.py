@@ -115,8 +115,8 @@ class GatewayConfig:
     drain_s: float = 30.0
 
 
-def to_json(config: WorkerConfig | GatewayConfig) -> bytes:
-    """One line of JSON."""
+def to_json(config: object) -> bytes:
+    """One line of JSON of a configuration, or of a value that holds one."""
     return msgspec.json.encode(config)
 
 
