@@ -150,6 +150,8 @@ class DecodeRole:
             raise StaleAttempt("this attempt is here already")
         if not request.tokens or len(request.tokens) >= context.limits.max_model_len:
             raise InvalidRequest(f"{len(request.tokens)} tokens do not fit this worker")
+        if not context.table.fits(len(request.tokens) + 1):
+            raise PoolFull(f"{len(request.tokens)} tokens are more than this worker's whole pool")
         if len(self._incoming) >= context.handover.max_sending:
             raise PoolFull(f"{len(self._incoming)} handovers are coming in already")
         if len(self._decoding) >= context.limits.max_waiting:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from ..common.clock import Clock
 from ..common.errors import BatonError, EngineFailure
-from ..common.messages import KvEvents, Load, Resync
+from ..common.messages import CheckReport, KvEvents, Load, Resync
 from .block_manager import BlockLeak
-from .mailbox import FromRouter, Inbox, Inspect, Inspection, Mail, RouterGone, RouterJoined
+from .mailbox import FromRouter, Inbox, Inspect, Mail, RouterGone, RouterJoined
 from .plan import Runner, Slice, StepPlan
 from .role import Context, Role
 
@@ -158,7 +158,7 @@ class EngineLoop:
             handover_aborts=tuple(sorted(stats.handover_aborts.items())),
         )
 
-    def inspect(self) -> Inspection:
+    def inspect(self) -> CheckReport:
         """Prove the books: every block has exactly the owners that are known, every holder belongs to a role."""
         manager, problem = self.context.table.manager, ""
         try:
@@ -169,7 +169,8 @@ class EngineLoop:
                 raise BlockLeak(f"blocks are held by sequences that no role knows: {sorted(held - known)}")
         except BlockLeak as leak:
             problem = str(leak)
-        return Inspection(
+        return CheckReport(
+            ok=not problem,
             problem=problem,
             total_blocks=manager.num_blocks,
             free_blocks=manager.free,

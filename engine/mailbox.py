@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ..common.errors import BatonError
 from ..common.messages import (
+    CheckReport,
     Failed,
     Filled,
     Finished,
@@ -81,25 +82,10 @@ class TargetGone:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
-    """The books of a worker at one moment; `problem` is empty if they balance."""
-
-    problem: str
-    total_blocks: int
-    free_blocks: int
-    cached_blocks: int
-    pinned_blocks: int
-    reserved_blocks: int
-    sequences: int
-    handovers: int
-    preemptions: int
-
-
-@dataclass(frozen=True, slots=True)
 class Inspect:
     """Prove the books and tell; `reply` is called on the loop's thread."""
 
-    reply: Callable[[Inspection], None]
+    reply: Callable[[CheckReport], None]
 
 
 InboxItem = (

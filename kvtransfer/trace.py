@@ -1,0 +1,30 @@
+"""When each layer was computed and when its first byte left: the proof that transfer hides behind compute."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from ..common.clock import Clock
+
+KEPT = 256
+"""Handovers that are remembered."""
+
+
+class TransferTrace:
+    """The last handovers' layers: {handover id: {layer: time}}, for the first chunk of each."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.computed_at: OrderedDict[int, dict[int, float]] = OrderedDict()
+        self.left_at: OrderedDict[int, dict[int, float]] = OrderedDict()
+
+    def computed(self, handover_id: int, layer: int) -> None:
+        self._record(self.computed_at, handover_id, layer)
+
+    def left(self, handover_id: int, layer: int) -> None:
+        self._record(self.left_at, handover_id, layer)
+
+    def _record(self, log: OrderedDict[int, dict[int, float]], handover_id: int, layer: int) -> None:
+        log.setdefault(handover_id, {}).setdefault(layer, self._clock.now())
+        if len(log) > KEPT:
+            log.popitem(last=False)

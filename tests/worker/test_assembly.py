@@ -1,0 +1,284 @@
+"""Whole workers on loopback, with the toy model: every message and every KV byte goes over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+
+from baton.common.clock import RealClock
+from baton.common.errors import BatonError, StaleEpoch
+from baton.common.messages import Cancel, Failed, Hello, Ping, StepReport, Submit
+from baton.common.types import FinishReason, Request, Role, WorkerInfo, WorkerRef
+from baton.protos.rpc import Peer
+from baton.worker.assembly import Worker
+from tests.toy import EOS, LAYERS, ToyEngine, oracle, request, worker_config
+
+DEADLINE_S = 10.0
+
+
+class Client:
+    """A router of a few lines: one session, and what came of each ticket."""
+
+    def __init__(self, worker: Worker, name: str = "router") -> None:
+        self._peer = Peer(worker.ref.address, "secret")
+        self.stream = self._peer.session()
+        self._name = name
+        self.reports: list[StepReport] = []
+        self.info: WorkerInfo | None = None
+        self._changed = asyncio.Event()
+
+    async def open(self, epoch: int = 0) -> None:
+        await self.stream.write(Hello(self._name, 7, epoch))
+        self.info = await asyncio.wait_for(self.stream.read(), DEADLINE_S)  # type: ignore[assignment]
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._ping())]
+        await self.until(lambda: any(r.kv for r in self.reports))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self.stream.cancel()
+        await self._peer.close()
+
+    async def _read(self) -> None:
+        with contextlib.suppress(BatonError):
+            while (message := await self.stream.read()) is not None:
+                self.reports.append(message)  # type: ignore[arg-type]
+                self._changed.set()
+
+    async def _ping(self) -> None:
+        with contextlib.suppress(BatonError):
+            while True:
+                await self.stream.write(Ping())
+                await asyncio.sleep(0.2)
+
+    async def until(self, condition: object) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():  # type: ignore[operator]
+                self._changed.clear()
+                await self._changed.wait()
+
+    def tokens(self, ticket: int) -> list[int]:
+        return [t.token for r in self.reports for t in r.tokens if t.ticket == ticket]
+
+    def positions(self, ticket: int) -> list[int]:
+        return [t.position for r in self.reports for t in r.tokens if t.ticket == ticket]
+
+    def finish(self, ticket: int) -> FinishReason | None:
+        return next((f.reason for r in self.reports for f in r.finished if f.ticket == ticket), None)
+
+    def failure(self, ticket: int) -> Failed | None:
+        return next((f for r in self.reports for f in r.failed if f.ticket == ticket), None)
+
+
+class House:
+    """Some workers in this process, each with its loop on a thread."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.threads: list[threading.Thread] = []
+        self.workers: list[Worker] = []
+        self.clients: list[Client] = []
+
+    async def worker(self, name: str, role: Role, engine: ToyEngine | None = None, **handover: object) -> Worker:
+        worker = Worker(worker_config(name, role, **handover), engine or ToyEngine(), RealClock())
+        await worker.start()
+        thread = threading.Thread(target=worker.loop.run, args=(self.stop,))
+        thread.start()
+        self.workers.append(worker)
+        self.threads.append(thread)
+        return worker
+
+    async def client(self, worker: Worker, name: str = "router") -> Client:
+        client = Client(worker, name)
+        await client.open()
+        self.clients.append(client)
+        return client
+
+    async def balanced(self) -> None:
+        """Every worker's books balance and nothing is held, soon."""
+        for worker in self.workers:
+            for _ in range(100):
+                report = await worker.check()
+                assert report.ok, report.problem
+                if report.pinned_blocks == report.reserved_blocks == report.sequences == report.handovers == 0:
+                    break
+                await asyncio.sleep(0.02)
+            assert report.free_blocks + report.cached_blocks == report.total_blocks, report
+
+    async def close(self) -> None:
+        for client in self.clients:
+            await client.close()
+        for worker in self.workers:
+            await worker.stop()
+        self.stop.set()
+        for thread in self.threads:
+            await asyncio.to_thread(thread.join, 5.0)
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    house = House()
+    yield house
+    await house.close()
+
+
+async def submit(client: Client, ticket: int, what: Request, decode: WorkerRef | None = None) -> None:
+    await client.stream.write(Submit(ticket, 1, what, decode))
+
+
+PROMPT = list(range(10, 33))
+
+
+async def test_colocated(house: House) -> None:
+    worker = await house.worker("colocated-0", Role.COLOCATED)
+    client = await house.client(worker)
+    await submit(client, 1, request("a", PROMPT, 20))
+    await client.until(lambda: client.finish(1))
+    assert client.tokens(1) == oracle(PROMPT, 20)
+    assert client.positions(1) == list(range(23, 43))
+    assert client.finish(1) is FinishReason.LENGTH
+    await house.balanced()
+
+
+async def test_handover(house: House) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    decode = await house.worker("decode-0", Role.DECODE)
+    up, down = await house.client(prefill), await house.client(decode)
+    await submit(up, 1, request("a", PROMPT, 20), decode.ref)
+    await down.until(lambda: down.finish(1))
+    assert up.tokens(1) == []
+    assert down.tokens(1) == oracle(PROMPT, 20)
+    await up.until(lambda: any(r.handed_over for r in up.reports))
+    # Again: what decode still caches does not travel.
+    await submit(up, 2, request("b", PROMPT, 20), decode.ref)
+    await down.until(lambda: down.finish(2))
+    assert down.tokens(2) == oracle(PROMPT, 20)
+    load = prefill.loop.load()
+    assert load.handovers == 2 and load.handover_skipped_blocks == len(PROMPT) // 4
+    await house.balanced()
+
+
+async def test_first_token_ends_it(house: House) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    decode = await house.worker("decode-0", Role.DECODE)
+    up, _ = await house.client(prefill), await house.client(decode)
+    await submit(up, 1, request("a", PROMPT, 1), decode.ref)
+    await up.until(lambda: up.finish(1))
+    assert up.tokens(1) == oracle(PROMPT, 1)
+    await house.balanced()
+
+
+async def test_stop_token_and_min_tokens(house: House) -> None:
+    worker = await house.worker("colocated-0", Role.COLOCATED)
+    client = await house.client(worker)
+    expected = oracle(PROMPT, 20)
+    await submit(client, 1, request("a", PROMPT, 20, stop_token_ids=(expected[6],)))
+    await submit(client, 2, request("b", PROMPT, 20, stop_token_ids=(expected[6],), min_tokens=10))
+    await client.until(lambda: client.finish(1) and client.finish(2))
+    assert client.tokens(1) == expected[:7] and client.finish(1) is FinishReason.STOP
+    assert client.tokens(2) == expected and client.finish(2) is FinishReason.LENGTH
+
+
+async def test_resumed_elsewhere_goes_on_where_it_was(house: House) -> None:
+    worker = await house.worker("colocated-0", Role.COLOCATED)
+    client = await house.client(worker)
+    expected = oracle(PROMPT, 20)
+    await submit(client, 1, request("a", PROMPT + expected[:7], 20, prompt_len=len(PROMPT)))
+    await client.until(lambda: client.finish(1))
+    assert client.tokens(1) == expected[7:]
+    assert client.positions(1)[0] == len(PROMPT) + 7
+
+
+async def test_cancel_frees_both_sides(house: House) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    decode = await house.worker("decode-0", Role.DECODE)
+    up, down = await house.client(prefill), await house.client(decode)
+    for ticket in range(20):
+        await submit(up, ticket, request(str(ticket), [ticket, *PROMPT], 150), decode.ref)
+    await down.until(lambda: len({t.ticket for r in down.reports for t in r.tokens}) > 3)
+    for ticket in range(20):
+        for client in (up, down):
+            await client.stream.write(Cancel(ticket))
+    await house.balanced()
+
+
+async def test_router_gone_frees_both_sides(house: House) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    decode = await house.worker("decode-0", Role.DECODE)
+    up, down = await house.client(prefill), await house.client(decode)
+    for ticket in range(8):
+        await submit(up, ticket, request(str(ticket), [ticket, *PROMPT], 150), decode.ref)
+    await down.until(lambda: any(r.tokens for r in down.reports))
+    await up.close()
+    await down.close()
+    house.clients.clear()
+    await house.balanced()
+
+
+async def test_pool_full_is_refused_at_once(house: House) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    decode = await house.worker("decode-0", Role.DECODE, ToyEngine(num_blocks=4))
+    up, _ = await house.client(prefill), await house.client(decode)
+    await submit(up, 1, request("a", PROMPT, 20), decode.ref)
+    await up.until(lambda: up.failure(1))
+    assert up.failure(1).code == "pool_full"  # type: ignore[union-attr]
+    await house.balanced()
+
+
+@pytest.mark.parametrize(("what", "code"), [("fingerprint", "fingerprint_mismatch"), ("epoch", "stale_epoch")])
+async def test_strangers_are_refused(house: House, what: str, code: str) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    other = ToyEngine(fingerprint="other") if what == "fingerprint" else ToyEngine()
+    decode = await house.worker("decode-0", Role.DECODE, other)
+    up, _ = await house.client(prefill), await house.client(decode)
+    meant = decode.ref if what == "fingerprint" else WorkerRef(decode.ref.name, decode.ref.address, 1)
+    await submit(up, 1, request("a", PROMPT, 20), meant)
+    await up.until(lambda: up.failure(1))
+    assert up.failure(1).code in (code, "worker_lost")  # type: ignore[union-attr]
+    await house.balanced()
+
+
+async def test_wrong_epoch_in_hello(house: House) -> None:
+    worker = await house.worker("decode-0", Role.DECODE)
+    client = Client(worker)
+    await client.stream.write(Hello("router", 7, 12345))
+    with pytest.raises(StaleEpoch):
+        await asyncio.wait_for(client.stream.read(), DEADLINE_S)
+    client.stream.cancel()
+
+
+async def test_dead_target_is_told(house: House) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    up = await house.client(prefill)
+    await submit(up, 1, request("a", PROMPT, 20), WorkerRef("decode-9", "127.0.0.1:9", 5))
+    await up.until(lambda: up.failure(1))
+    assert up.failure(1).code == "worker_lost"  # type: ignore[union-attr]
+    await house.balanced()
+
+
+async def test_preempted_in_mid_decode(house: House) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    decode = await house.worker("decode-0", Role.DECODE, ToyEngine(num_blocks=40))
+    up, down = await house.client(prefill), await house.client(decode)
+    prompts = {t: [t, *PROMPT] for t in range(4)}
+    for ticket, prompt in prompts.items():
+        await submit(up, ticket, request(str(ticket), prompt, 100), decode.ref)
+    await down.until(lambda: all(down.finish(t) for t in prompts))
+    for ticket, prompt in prompts.items():
+        assert down.tokens(ticket) == oracle(prompt, 100)
+    assert (await decode.check()).preemptions > 0
+    await house.balanced()
+
+
+async def test_layers_leave_in_order_and_eos_ends(house: House) -> None:
+    prefill = await house.worker("prefill-0", Role.PREFILL)
+    decode = await house.worker("decode-0", Role.DECODE)
+    up, down = await house.client(prefill), await house.client(decode)
+    await submit(up, 1, request("a", PROMPT, 20, logit_bias=((EOS, 1.0),)), decode.ref)
+    await down.until(lambda: down.finish(1))
+    (left,) = prefill.outlet.trace.left_at.values()
+    assert list(left) == list(range(LAYERS)) and sorted(left.values()) == list(left.values())

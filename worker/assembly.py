@@ -1,0 +1,175 @@
+"""Putting a worker together: one engine loop, the roles it plays, and the lines to others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from dataclasses import replace
+from typing import Any, Protocol
+
+from ..common.clock import Clock
+from ..common.config import WorkerConfig
+from ..common.errors import DeadlineExceeded
+from ..common.hashing import BlockHasher
+from ..common.messages import CheckReport, Load
+from ..common.types import Role, WorkerInfo, WorkerRef
+from ..decode.role import DecodeRole
+from ..engine import role as engine_role
+from ..engine.block_table import BlockTable
+from ..engine.loop import EngineLoop
+from ..engine.mailbox import Inbox, Inspect, Mail, Outbox, TargetGone
+from ..engine.plan import Runner
+from ..engine.role import Context, Limits
+from ..kvtransfer import grpc_transport
+from ..kvtransfer.grpc_transport import GrpcOutlet
+from ..kvtransfer.inlet import Inlet
+from ..kvtransfer.transport import BlockStore
+from ..prefill.role import PrefillRole
+from ..protos import rpc
+from ..protos.convert import FromRouter, FromSource, FromTarget, FromWorker
+from .links import RouterLines, SourceLines, TargetLines
+
+CHECK_TIMEOUT_S = 10.0
+"""How long an operator's question may wait for the loop to come round."""
+
+
+class Computes(Protocol):
+    """What a worker needs of the compute side: `engine.runner.Engine`, or a test's stand-in. No torch here."""
+
+    @property
+    def runner(self) -> Runner: ...
+    @property
+    def pool(self) -> BlockStore: ...
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+
+
+def make_roles(role: Role, context: Context, inlet: Inlet, outlet: Any, num_layers: int) -> list[engine_role.Role]:
+    """The policies of a role. Decode comes first: it takes its share of the step's budget before prefill does."""
+    if role is Role.DECODE:
+        return [DecodeRole(context, inlet)]
+    if role is Role.PREFILL:
+        return [PrefillRole(context, outlet, num_layers)]
+    decode = DecodeRole(context, inlet)
+    return [decode, PrefillRole(context, outlet, num_layers, decode.join, lambda: decode.running)]
+
+
+class Worker:
+    """A whole worker but for its process: `start` listens, `loop.run` (on a thread of its own) works.
+
+    Everything but the loop runs on the event loop that is running when it is made.
+    """
+
+    def __init__(self, config: WorkerConfig, engine: Computes, clock: Clock) -> None:
+        self._config = config
+        self._clock = clock
+        self._events = asyncio.get_running_loop()
+        self.inbox = Inbox()
+        self._server = rpc.make_server(
+            config.cluster_token, rpc.worker_handlers(self), rpc.data_handlers(self._receive)
+        )
+        address = rpc.listen(self._server, config.host, config.port)
+        self.ref = WorkerRef(config.name, address, secrets.randbits(62) + 1)
+        table = BlockTable(engine.num_blocks, BlockHasher(config.engine.block_size, config.cluster_token.encode()[:64]))
+        limits = Limits(
+            eos_ids=engine.eos_ids,
+            max_model_len=engine.max_model_len,
+            max_batch_tokens=config.engine.max_batch_tokens,
+            max_running=config.engine.max_running,
+            max_waiting=config.max_waiting,
+        )
+        context = Context(
+            ref=self.ref, fingerprint=engine.fingerprint, table=table, outbox=Outbox(), limits=limits,
+            handover=config.handover,
+        )  # fmt: skip
+        self._inlet = Inlet(engine.pool, clock, self.inbox.post)
+        self.outlet = GrpcOutlet(
+            engine.pool, self.ref, config.handover, config.cluster_token, clock, self._events,
+            lambda target: self.inbox.post(TargetGone(target)),
+        )  # fmt: skip
+        roles = make_roles(config.role, context, self._inlet, self.outlet, engine.pool.num_layers)
+        self.loop = EngineLoop(context, roles, engine.runner, self.inbox, clock, self._deliver)
+        self._load = self.loop.load()
+        info = WorkerInfo(
+            ref=self.ref,
+            role=config.role,
+            fingerprint=engine.fingerprint,
+            model=config.model_name,
+            block_size=config.engine.block_size,
+            total_blocks=engine.num_blocks,
+            max_model_len=engine.max_model_len,
+            kv_bytes_per_token=engine.pool.block_bytes * engine.pool.num_layers // config.engine.block_size,
+            vocab_size=engine.vocab_size,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        self._routers = RouterLines(info, self.inbox, self._last_load, config.heartbeat_s, config.lease_s)
+        self._sources = SourceLines(self.ref, self.inbox, config.heartbeat_s)
+        self._targets = TargetLines(self.ref, self.inbox, config.cluster_token, config.handover.lease_s)
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Hang up on everybody."""
+        await self._server.stop(grace=0)
+        await self._targets.stop()
+        await self.outlet.stop()
+
+    # --- rpc.WorkerService ---
+
+    async def session(self, stream: rpc.Stream[FromRouter, FromWorker]) -> None:
+        await self._routers.serve(stream)
+
+    async def control(self, stream: rpc.Stream[FromSource, FromTarget]) -> None:
+        await self._sources.serve(stream)
+
+    async def check(self) -> CheckReport:
+        """The loop's own books. Raises `DeadlineExceeded` where the loop does not come round."""
+        reply: asyncio.Future[CheckReport] = self._events.create_future()
+        self.inbox.post(Inspect(lambda report: self._post(_resolve, reply, report)))
+        try:
+            return await asyncio.wait_for(reply, CHECK_TIMEOUT_S)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the engine loop has not come round for {CHECK_TIMEOUT_S:.0f} s") from error
+
+    async def _receive(self, stream: rpc.Stream[bytes, bytes]) -> None:
+        await grpc_transport.receive(stream, self._inlet)
+
+    # --- from the loop's thread to the event loop ---
+
+    def _deliver(self, mail: Mail) -> None:
+        self._post(self._send, mail)
+
+    def _post(self, call: Any, *args: Any) -> None:
+        if not self._events.is_closed():
+            self._events.call_soon_threadsafe(call, *args)
+
+    def _send(self, mail: Mail) -> None:
+        for router, report in mail.reports.items():
+            if report.load is not None:
+                self._load = report.load
+            self._routers.tell(router, report)
+        for target, to_target in mail.to_targets:
+            self._targets.send(target, to_target)
+        for source, to_source in mail.to_sources:
+            self._sources.send(source, to_source)
+
+    def _last_load(self) -> Load:
+        """The load that the loop told last, with the time since it last went round."""
+        return replace(self._load, loop_age_s=max(0.0, self._clock.now() - self.loop.last_round))
+
+
+def _resolve(reply: asyncio.Future[CheckReport], report: CheckReport) -> None:
+    if not reply.done():
+        reply.set_result(report)

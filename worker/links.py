@@ -1,0 +1,252 @@
+"""A worker's lines to others, on the process's event loop: routers, sources and targets of handovers.
+
+Everything that arrives is posted to the engine loop's inbox; a line that breaks or falls silent is posted as gone.
+What the loop wants said goes out through bounded queues: a reader that stalls loses its line, never the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+from ..common.errors import BatonError, InvalidRequest, StaleEpoch, WorkerLost
+from ..common.messages import (
+    Abort,
+    Committed,
+    Hello,
+    Load,
+    Ping,
+    Refused,
+    Renew,
+    Reserve,
+    SourceMessage,
+    StepReport,
+    TargetMessage,
+)
+from ..common.types import WorkerInfo, WorkerRef
+from ..engine.mailbox import FromRouter, FromSource, FromTarget, Inbox, RouterGone, RouterJoined, SourceGone, TargetGone
+from ..protos.convert import FromRouter as RouterSays
+from ..protos.convert import FromSource as SourceSays
+from ..protos.convert import FromTarget as TargetSays
+from ..protos.convert import FromWorker
+from ..protos.rpc import Peer, Stream
+
+log = logging.getLogger(__name__)
+
+MAX_QUEUED = 4096
+"""Messages that wait for a reader before its line is cut."""
+
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+
+
+class _Writer(Protocol[T_contra]):
+    async def write(self, message: T_contra) -> None: ...
+
+
+class Line(Generic[T]):
+    """Messages that wait to be written to one stream, in order."""
+
+    def __init__(self) -> None:
+        self._queue: deque[T] = deque()
+        self._wake = asyncio.Event()
+        self._overflow = False
+
+    def put(self, message: T) -> None:
+        if len(self._queue) >= MAX_QUEUED:
+            self._overflow = True
+        else:
+            self._queue.append(message)
+        self._wake.set()
+
+    async def pump(self, stream: _Writer[T], every: float, beat: Callable[[], T | None]) -> None:
+        """Write what is put, and each `every` seconds what `beat` says, if anything. A write has ten such periods.
+        Raises `WorkerLost` where the reader does not keep up or is gone."""
+        clock = asyncio.get_running_loop()
+        next_beat = clock.time() + every
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(0.0, next_beat - clock.time()))
+            self._wake.clear()
+            batch = [self._queue.popleft() for _ in range(len(self._queue))]
+            if clock.time() >= next_beat:
+                next_beat = clock.time() + every
+                if (message := beat()) is not None:
+                    batch.append(message)
+            for message in batch:
+                try:
+                    await asyncio.wait_for(stream.write(message), 10 * every)
+                except TimeoutError as error:
+                    raise WorkerLost("the other end does not read") from error
+            if self._overflow:
+                raise WorkerLost(f"{MAX_QUEUED} messages wait for the other end")
+
+
+async def _either(*work: Awaitable[None]) -> None:
+    """Run all until the first ends; then cancel the others. Raises what the first raised."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class RouterLines:
+    """The streams to routers: requests in, one report a step out, a sign of life in between."""
+
+    def __init__(self, info: WorkerInfo, inbox: Inbox, load: Callable[[], Load], heartbeat_s: float, lease_s: float):
+        self._info = info
+        self._inbox = inbox
+        self._load = load
+        self._heartbeat_s = heartbeat_s
+        self._lease_s = lease_s
+        self._lines: dict[str, Line[FromWorker]] = {}
+
+    def tell(self, router: str, report: StepReport) -> None:
+        if line := self._lines.get(router):
+            line.put(report)
+
+    async def serve(self, stream: Stream[RouterSays, FromWorker]) -> None:
+        """One router's stream, for as long as it lives."""
+        hello = await asyncio.wait_for(stream.read(), self._lease_s)
+        if not isinstance(hello, Hello):
+            raise InvalidRequest("the first message of a session is a hello")
+        if hello.worker_epoch not in (0, self._info.ref.epoch):
+            raise StaleEpoch(f"{self._info.ref.name} has been restarted")
+        router = f"{hello.router}@{hello.router_epoch:x}"
+        await stream.write(self._info)
+        line: Line[FromWorker] = Line()
+        if router in self._lines:
+            self._inbox.post(RouterGone(router))
+        self._lines[router] = line
+        self._inbox.post(RouterJoined(router))
+        log.info("router %s joined", router)
+        try:
+            beat = line.pump(stream, self._heartbeat_s, lambda: StepReport(load=self._load()))
+            await _either(self._listen(stream, router), beat)
+        finally:
+            if self._lines.get(router) is line:
+                del self._lines[router]
+                self._inbox.post(RouterGone(router))
+                log.info("router %s is gone", router)
+
+    async def _listen(self, stream: Stream[RouterSays, FromWorker], router: str) -> None:
+        while True:
+            try:
+                message = await asyncio.wait_for(stream.read(), self._lease_s)
+            except TimeoutError as error:
+                raise WorkerLost(f"router {router} fell silent") from error
+            if message is None:
+                return
+            if isinstance(message, Hello):
+                raise InvalidRequest("only the first message of a session is a hello")
+            if not isinstance(message, Ping):
+                self._inbox.post(FromRouter(router, message))
+
+
+class SourceLines:
+    """The control streams that sources opened to us."""
+
+    def __init__(self, ref: WorkerRef, inbox: Inbox, heartbeat_s: float) -> None:
+        self._ref = ref
+        self._inbox = inbox
+        self._heartbeat_s = heartbeat_s
+        self._lines: dict[WorkerRef, Line[TargetSays]] = {}
+
+    def send(self, source: WorkerRef, message: TargetMessage) -> None:
+        if line := self._lines.get(source):
+            line.put(message)
+
+    async def serve(self, stream: Stream[SourceSays, TargetSays]) -> None:
+        """One source's stream, for as long as it lives."""
+        source = await stream.read()
+        if not isinstance(source, WorkerRef):
+            raise InvalidRequest("the first message of a control stream is a hello")
+        await stream.write(self._ref)
+        line = self._lines[source] = Line()
+        try:
+            await _either(self._listen(stream, source), line.pump(stream, self._heartbeat_s, lambda: None))
+        finally:
+            if self._lines.get(source) is line:
+                del self._lines[source]
+                self._inbox.post(SourceGone(source))
+
+    async def _listen(self, stream: Stream[SourceSays, TargetSays], source: WorkerRef) -> None:
+        while (message := await stream.read()) is not None:
+            if isinstance(message, WorkerRef):
+                raise InvalidRequest("only the first message of a control stream is a hello")
+            self._inbox.post(FromSource(source, message))
+
+
+class TargetLines:
+    """The control streams that we open to targets, each on first use. Renews the leases of what is under way."""
+
+    def __init__(self, ref: WorkerRef, inbox: Inbox, cluster_token: str, lease_s: float) -> None:
+        self._ref = ref
+        self._inbox = inbox
+        self._token = cluster_token
+        self._lease_s = lease_s
+        self._lines: dict[WorkerRef, Line[SourceSays]] = {}
+        self._under_way: dict[WorkerRef, set[int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def send(self, target: WorkerRef, message: SourceMessage) -> None:
+        line = self._lines.get(target)
+        if line is None:
+            if isinstance(message, Abort):
+                return  # the line broke, and with it the handover that this would end
+            line = self._lines[target] = Line()
+            self._under_way[target] = set()
+            task = asyncio.get_running_loop().create_task(self._run(target, line))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if isinstance(message, Reserve):
+            self._under_way[target].add(message.handover_id)
+        elif isinstance(message, Abort):
+            self._under_way[target].discard(message.handover_id)
+        line.put(message)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, target: WorkerRef, line: Line[SourceSays]) -> None:
+        peer = Peer(target.address, self._token)
+        stream = peer.control()
+        try:
+            await asyncio.wait_for(stream.write(self._ref), self._lease_s)
+            hello = await asyncio.wait_for(stream.read(), self._lease_s)
+            if hello != target:
+                raise StaleEpoch(f"{target.name} has been restarted")
+            await _either(
+                self._listen(stream, target), line.pump(stream, self._lease_s / 3, lambda: self._renewal(target))
+            )
+        except (BatonError, TimeoutError) as error:
+            log.warning("control stream to %s broke: %s", target.name, error or "no answer")
+        finally:
+            del self._lines[target]
+            del self._under_way[target]
+            self._inbox.post(TargetGone(target))
+            stream.cancel()
+            await peer.close()
+
+    def _renewal(self, target: WorkerRef) -> Renew | None:
+        under_way = self._under_way[target]
+        return Renew(tuple(under_way)) if under_way else None
+
+    async def _listen(self, stream: Stream[TargetSays, SourceSays], target: WorkerRef) -> None:
+        while (message := await stream.read()) is not None:
+            if isinstance(message, WorkerRef):
+                raise InvalidRequest("only the first message of a control stream is a hello")
+            if isinstance(message, Committed | Refused | Abort):
+                self._under_way[target].discard(message.handover_id)
+            self._inbox.post(FromTarget(target, message))

@@ -1,0 +1,134 @@
+"""A worker's process: load the model, tell the controller, serve until told to stop.
+
+Torch works on one thread, which builds the engine and then runs the loop; the main thread runs the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from ..common.clock import RealClock
+from ..common.config import WorkerConfig
+from ..common.errors import BatonError
+from ..common.messages import WorkerStatus
+from ..engine.runner import Engine, build_engine
+from ..protos.rpc import Peer
+from .assembly import Worker
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 1.0
+REPORT_TIMEOUT_S = 2.0
+STOP_TIMEOUT_S = 5.0
+
+T = TypeVar("T")
+
+
+class EngineThread(threading.Thread):
+    """Builds the engine, then waits for the worker that is made around it and runs its loop."""
+
+    def __init__(self, config: WorkerConfig, progress: Callable[[float], None]) -> None:
+        super().__init__(name="engine", daemon=True)
+        self._config = config
+        self._progress = progress
+        self._stop_loop = threading.Event()
+        self.engine: Future[Engine] = Future()
+        self.worker: Future[Worker] = Future()
+        self.ended: Future[None] = Future()
+
+    def run(self) -> None:
+        try:
+            self.engine.set_result(build_engine(self._config.engine, self._progress))
+        except Exception as error:  # a thread's edge: the main thread raises it
+            self.engine.set_exception(error)
+            return
+        try:
+            self.worker.result().loop.run(self._stop_loop)
+            self.ended.set_result(None)
+        except Exception as error:  # a thread's edge: the main thread raises it
+            self.ended.set_exception(error)
+
+    def stop(self) -> None:
+        self._stop_loop.set()
+
+
+class Reporter:
+    """Tells the controller how this worker is: at each change, and every second."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._peer = Peer(config.controller, config.cluster_token) if config.controller else None
+        self._status = WorkerStatus(config.name, config.role.value, "starting", pid=os.getpid())
+        self._changed = asyncio.Event()
+
+    def set(self, **changes: object) -> None:
+        self._status = replace(self._status, **changes)  # type: ignore[arg-type]
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Report for ever; a controller that is away is no reason to stop working."""
+        while self._peer is not None:
+            self._changed.clear()
+            with contextlib.suppress(BatonError):
+                await self._peer.report(self._status, REPORT_TIMEOUT_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), REPORT_EVERY_S)
+
+    async def close(self) -> None:
+        if self._peer is not None:
+            await self._peer.close()
+
+
+async def run(config: WorkerConfig) -> None:
+    """Be a worker until SIGTERM or SIGINT. Raises `BatonError` where the engine cannot be built or breaks."""
+    events = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        events.add_signal_handler(number, stop.set)
+    reporter = Reporter(config)
+    reporting = events.create_task(reporter.run())
+    reporter.set(state="loading")
+    thread = EngineThread(config, lambda share: _progress(events, reporter, share))
+    thread.start()
+    try:
+        engine = await _until(asyncio.wrap_future(thread.engine), stop)
+        if engine is None:
+            return
+        worker = Worker(config, engine, RealClock())
+        await worker.start()
+        thread.worker.set_result(worker)
+        reporter.set(state="ready", address=worker.ref.address, epoch=worker.ref.epoch, progress=1.0)
+        log.info("ready at %s, epoch %x, fingerprint %s", worker.ref.address, worker.ref.epoch, engine.fingerprint)
+        try:
+            await _until(asyncio.wrap_future(thread.ended), stop)
+        finally:
+            thread.stop()
+            await worker.stop()
+            await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
+    finally:
+        reporting.cancel()
+        await reporter.close()
+
+
+def _progress(events: asyncio.AbstractEventLoop, reporter: Reporter, share: float) -> None:
+    if not events.is_closed():
+        events.call_soon_threadsafe(lambda: reporter.set(progress=share))
+
+
+async def _until(work: asyncio.Future[T], stop: asyncio.Event) -> T | None:
+    """What `work` comes to, or None if `stop` is set first. Raises what `work` raises."""
+    stopping = asyncio.ensure_future(stop.wait())
+    waiting: set[asyncio.Future[Any]] = {work, stopping}
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        stopping.cancel()
