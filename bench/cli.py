@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -88,6 +92,83 @@ def _sweep(plan: Plan, save: str) -> None:
         path = report.write(save, "load", [report.plain(summary) for summary, _ in runs], plan.parameters())
         draw_load(path.with_suffix(".png"), runs, plan.title)
         console.print(f"wrote results/{path.name} and its plot")
+
+
+@app.command(epilog="Example: baton bench compare demo --threads 2 --concurrency 1,8,32 --rounds 3 --save compare")
+def compare(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, or 'demo'.")] = "demo",
+    threads: Threads = 2,
+    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,8,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every system runs.")] = 3,
+    input_len: Annotated[int, typer.Option("--input", min=1, help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option("--output", min=2, help="Tokens of each answer.")] = 128,
+    systems: Annotated[str, typer.Option(help="Which: colocated, 1p1d, transformers.")] = "colocated,1p1d,transformers",
+    save: Save = "",
+) -> None:
+    """Compare Baton colocated, Baton 1P1D and transformers in one run, with equal threads in total."""
+    from . import compare as side_by_side
+    from . import report, verdict
+    from .machine import read_bandwidth, weight_bytes
+    from .plot import draw_comparison
+    from .sweep import fresh_seed
+    from .systems import model_folder
+
+    known = {name.split()[-1].lower(): name for name in side_by_side.SYSTEMS}
+    wanted = [name.strip().lower() for name in systems.split(",")]
+    if unknown := [name for name in wanted if name not in known]:
+        raise typer.BadParameter(f"no such system: {', '.join(unknown)}; known: {', '.join(known)}")
+    folder = model_folder(model)
+    plan = side_by_side.Plan(
+        model=folder, threads=threads, rounds=rounds, widths=_numbers(concurrency, int), input_len=input_len,
+        output_len=output_len, systems=tuple(known[name] for name in wanted), seed=fresh_seed(),
+    )  # fmt: skip
+    console = Console()
+    bandwidth, weights = read_bandwidth(threads), weight_bytes(folder)
+    with console.status("") as status:
+        results = asyncio.run(side_by_side.compare(plan, status.update))
+    console.print(verdict.table(results, bandwidth / weights))
+    for bar, held in verdict.bars(results).items():
+        console.print(f"{'reached' if held else 'MISSED'}: {bar}")
+    if save:
+        parameters = {"threads": threads, "rounds": rounds, "input": input_len, "output": output_len, "seed": plan.seed}
+        path = report.write(save, "compare", verdict.document(results, bandwidth, weights), parameters)
+        points = {
+            name: {w: (m.tokens_per_s(w), statistics.median(m.pooled(w, "itl"))) for w in m.bursts}
+            for name, m in results.items()
+            if m.bursts
+        }
+        draw_comparison(path.with_suffix(".png"), points, bandwidth / weights, f"{threads} threads, demo model")
+        console.print(f"wrote results/{path.name} and its plot")
+
+
+@app.command(epilog="Example: baton bench gateway demo --streams 64 --tokens 512 --save gateway")
+def gateway(
+    model: Annotated[str, typer.Argument(help="Model whose tokenizer is used.")] = "demo",
+    streams: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 64,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of each stream.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each measurement runs.")] = 5,
+    save: Save = "",
+) -> None:
+    """Measure gateway and router by themselves, in front of a worker that emits tokens at once."""
+    from . import report
+    from .gateway import measure
+    from .systems import model_folder
+
+    console = Console()
+    with console.status("") as status:
+        result = uvloop.run(measure(model_folder(model), streams, tokens, rounds, status.update))
+    latency = result.added_latency
+    console.print(
+        f"streamed tokens/s at {streams} streams: {result.tokens_per_s:.0f} ({result.tokens_per_s_per_core:.0f} per core)"
+    )
+    console.print(f"small requests/s: {result.requests_per_s:.0f} ({result.requests_per_s_per_core:.0f} per core)")
+    console.print(
+        f"added latency at {result.paced_tokens_per_s:.0f} tokens/s: "
+        f"p50 {latency.p50 * 1e3:.2f} ms, p90 {latency.p90 * 1e3:.2f} ms, p99 {latency.p99 * 1e3:.2f} ms"
+    )
+    if save:
+        path = report.write(save, "gateway", asdict(result), {"streams": streams, "tokens": tokens, "rounds": rounds})
+        console.print(f"wrote results/{path.name}")
 
 
 @app.command(epilog="Example: baton bench memory --threads 2 --model models/demo")

@@ -131,15 +131,14 @@ class Reference:
 @asynccontextmanager
 async def reference(model: Path, threads: int) -> AsyncIterator[Reference]:
     """transformers on `model` in float32, in a process of its own."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "baton.bench.reference", str(model), str(threads)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=1 << 24,
-        env=os.environ
-        | dict.fromkeys(names, str(threads))
-        | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | limits | quiet,
     )
     try:
         yield Reference(child)

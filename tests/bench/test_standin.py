@@ -59,7 +59,7 @@ async def test_every_request_gets_its_tokens_in_order_one_a_step(standin):
 
 
 async def test_its_books_balance_and_its_processor_time_can_be_read(standin):
-    process, status, peer = standin
+    _, status, peer = standin
     report = await peer.check(timeout_s=5)
     assert report.ok and report.free_blocks == report.total_blocks
     assert cpu_seconds(status.pid) > 0
