@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ..common.clock import Clock
 from ..common.config import WorkerConfig
 from ..common.errors import DeadlineExceeded
-from ..common.hashing import BlockHasher
+from ..common.hashing import BlockHasher, cluster_key
 from ..common.messages import CheckReport, Load
 from ..common.types import Role, WorkerInfo, WorkerRef
 from ..decode.role import DecodeRole
@@ -80,7 +80,7 @@ class Worker:
         )
         address = rpc.listen(self._server, config.host, config.port)
         self.ref = WorkerRef(config.name, address, secrets.randbits(62) + 1)
-        table = BlockTable(engine.num_blocks, BlockHasher(config.engine.block_size, config.cluster_token.encode()[:64]))
+        table = BlockTable(engine.num_blocks, BlockHasher(config.engine.block_size, cluster_key(config.cluster_token)))
         limits = Limits(
             eos_ids=engine.eos_ids,
             max_model_len=engine.max_model_len,

@@ -30,12 +30,17 @@ class World:
     to_source: list[str] = field(default_factory=lambda: ["reserved"])
     sent_all: bool = False
     now: float = 0.0
+    doubled: int = 0
+    arrived: frozenset[str] = frozenset()
 
     def moves(self) -> list[tuple[str, int]]:
         moves = [("deliver_t", i) for i in range(len(self.to_target))]
         moves += [("deliver_s", i) for i in range(len(self.to_source))]
         moves += [("lose_t", i) for i in range(len(self.to_target))]
         moves += [("lose_s", i) for i in range(len(self.to_source))]
+        if self.doubled < 2:
+            moves += [("double_t", i) for i in range(len(self.to_target))]
+            moves += [("double_s", i) for i in range(len(self.to_source))]
         if self.source.state is State.SENDING and not self.sent_all:
             moves.append(("send", 0))
         return [*moves, ("source_aborts", 0), ("target_aborts", 0), ("time", 0)]
@@ -46,13 +51,19 @@ class World:
                 self._target_gets(self.to_target.pop(index))
             case "deliver_s":
                 self._source_gets(self.to_source.pop(index))
+            case "double_t":
+                self.doubled += 1
+                self.to_target.append(self.to_target[index])
+            case "double_s":
+                self.doubled += 1
+                self.to_source.append(self.to_source[index])
             case "lose_t":
                 self.to_target.pop(index)
             case "lose_s":
                 self.to_source.pop(index)
             case "send":
                 self.sent_all = True
-                self.to_target += ["bytes", "bytes"]
+                self.to_target += ["bytes 0", "bytes 1"]
                 if self.source.commit(self.now):
                     self.to_target.append("commit")
             case "source_aborts":
@@ -70,8 +81,10 @@ class World:
 
     def _target_gets(self, message: str) -> None:
         match message:
-            case "bytes":
-                if self.target.fed(self.now) and self.sent_all and "bytes" not in self.to_target:
+            case "bytes 0" | "bytes 1":
+                self.target.fed(self.now)
+                self.arrived |= {message}
+                if len(self.arrived) == 2:
                     self.target.fill()
             case "commit":
                 self.target.commit(COMMIT)
@@ -91,7 +104,15 @@ class World:
 
     def key(self) -> tuple[object, ...]:
         sides = (self.source.state, self.target.state, self.target.filled, self.target.pending is not None)
-        return (*sides, tuple(self.to_target), tuple(self.to_source), self.sent_all, self.now)
+        return (
+            *sides,
+            tuple(self.to_target),
+            tuple(self.to_source),
+            self.sent_all,
+            self.now,
+            self.doubled,
+            self.arrived,
+        )
 
 
 def test_every_reachable_state() -> None:
@@ -123,7 +144,7 @@ def test_every_reachable_state() -> None:
             for before, after in ((world.source, following.source), (world.target, following.target)):
                 assert not before.state.final or after.state is before.state
             frontier.append(following)
-    assert commits > 0 and len(seen) > 500
+    assert commits > 0 and len(seen) > 2000
 
 
 @settings(max_examples=200, deadline=None)
