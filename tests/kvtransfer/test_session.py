@@ -38,7 +38,7 @@ class World:
         moves += [("deliver_s", i) for i in range(len(self.to_source))]
         moves += [("lose_t", i) for i in range(len(self.to_target))]
         moves += [("lose_s", i) for i in range(len(self.to_source))]
-        if self.doubled < 2:
+        if self.doubled < 1:
             moves += [("double_t", i) for i in range(len(self.to_target))]
             moves += [("double_s", i) for i in range(len(self.to_source))]
         if self.source.state is State.SENDING and not self.sent_all:
