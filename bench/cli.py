@@ -158,10 +158,11 @@ def gateway(
     with console.status("") as status:
         result = uvloop.run(measure(model_folder(model), streams, tokens, rounds, status.update))
     latency = result.added_latency
-    console.print(
-        f"streamed tokens/s at {streams} streams: {result.tokens_per_s:.0f} ({result.tokens_per_s_per_core:.0f} per core)"
-    )
-    console.print(f"small requests/s: {result.requests_per_s:.0f} ({result.requests_per_s_per_core:.0f} per core)")
+    for what, rate, core in (
+        (f"streamed tokens/s at {streams} streams", result.tokens_per_s, result.tokens_per_s_per_core),
+        ("small requests/s", result.requests_per_s, result.requests_per_s_per_core),
+    ):
+        console.print(f"{what}: {rate:.0f} ({core:.0f} per core)")
     console.print(
         f"added latency at {result.paced_tokens_per_s:.0f} tokens/s: "
         f"p50 {latency.p50 * 1e3:.2f} ms, p90 {latency.p90 * 1e3:.2f} ms, p99 {latency.p99 * 1e3:.2f} ms"

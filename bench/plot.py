@@ -31,6 +31,7 @@ def _figure(columns: int) -> Any:
 
 def _cdf(axis: Any, values: Iterable[float], label: str, colour: str) -> None:
     data = np.sort(np.fromiter(values, dtype=float)) * 1e3
+    data = np.maximum(data, 0.01)  # events that arrived together have no place on a logarithmic axis
     if data.size:
         axis.step(data, np.arange(1, data.size + 1) / data.size, where="post", label=label, color=colour)
 

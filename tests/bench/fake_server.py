@@ -21,6 +21,7 @@ class FakeServer:
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
         self.connections = 0
+        self.total = 0
         self.in_flight = 0
         self.most_in_flight = 0
 
@@ -41,6 +42,10 @@ class FakeServer:
         if path == "/v1/models":
             self.plain(writer, 200, {"data": [{"id": "fake"}]})
             return True
+        if path == "/metrics":
+            self.total += 1000
+            self.plain(writer, 200, f'x 1\nbaton_handover_bytes_total{{worker="a"}} {self.total}\n')
+            return True
         request = json.loads(body)
         self.bodies.append(request)
         if request["model"] == "busy":
@@ -53,7 +58,7 @@ class FakeServer:
         return alive
 
     def plain(self, writer: asyncio.StreamWriter, status: int, data: Any) -> None:
-        body = json.dumps(data).encode()
+        body = (data if isinstance(data, str) else json.dumps(data)).encode()
         head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
 
