@@ -1,0 +1,392 @@
+"""The life of a request: placed on a pair of workers, followed token by token, tried again where a worker fails.
+
+Pure: no I/O, no clock. The shell passes time in, feeds what workers say, and drains `Effects`; the simulator does
+the same in virtual time.
+
+    submit ──▶ waiting ──placed──▶ in flight ──Finished──▶ ended well
+                  ▲                    │
+                  └──── lost, refused ─┘   (bounded: losses, attempts, time to be placed, deadline) ──▶ failed
+
+Each attempt has its own ticket, never used twice. A token counts only if its ticket is the request's current one and
+its position the next; so whatever an abandoned attempt still says changes nothing, and the next attempt goes on
+from the tokens so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+from ..common.config import RouterConfig
+from ..common.errors import (
+    BatonError,
+    DeadlineExceeded,
+    EngineFailure,
+    HandoverFailed,
+    NotReady,
+    Overloaded,
+    PoisonRequest,
+    PoolFull,
+    WorkerLost,
+    from_code,
+)
+from ..common.messages import Cancel, Failed, Load, Resync, RouterMessage, StepReport, Submit, TokenOut
+from ..common.types import FinishReason, Request, WorkerInfo
+from .choose import Choice
+from .fleet import Attempt, Worker
+from .placement import Placement
+from .request import MAX_BACKLOG, RequestState, Waiting
+from .stats import Limits, Snapshot, Stats
+
+EXCLUSION_S = 1.0
+"""For how long a worker that failed a request is not asked again for it."""
+FIRST_BACKOFF_S = 0.05
+"""For how long a worker that refuses a request is not asked again for it; doubles with each refusal."""
+MAX_BACKOFF_S = 1.0
+LOOK_AGAIN_S = 0.25
+"""How often a request that finds no room looks again, beside the moments at which room appears."""
+PLACED_AT_ONCE = 16
+"""Waiting requests that one report may place: bounds the work of one report."""
+RETRY_AFTER_S = 1.0
+"""What a client that is turned away is told to wait."""
+
+
+@dataclass(slots=True)
+class Effects:
+    """What the shell has to do: messages to send in order, requests that have news, workers to disconnect."""
+
+    sends: list[tuple[str, RouterMessage]] = field(default_factory=list)
+    news: list[RequestState] = field(default_factory=list)
+    disconnects: list[str] = field(default_factory=list)
+
+
+class RouterCore:
+    """`cluster_token` keys the block hashes; tickets count up from `first_ticket`."""
+
+    def __init__(self, config: RouterConfig, cluster_token: str = "", first_ticket: int = 1) -> None:
+        self.config = config
+        self.stats = Stats()
+        self._next_ticket = first_ticket
+        self._placement = Placement(config, cluster_token)
+        self._fleet = self._placement.fleet
+        self._requests: dict[RequestState, None] = {}
+        self._tickets: dict[int, RequestState] = {}
+        self._waiting: dict[RequestState, Waiting] = {}  # in the order in which they began to wait
+        self._draining: frozenset[str] = frozenset()
+        self._effects = Effects()
+
+    # --- the consumer's side ---
+
+    def submit(self, request: Request, now: float) -> RequestState:
+        """Admit a request. Raises `Overloaded`, `NotReady` (nobody could serve it for longer than a request may wait)
+        or `PromptTooLong`."""
+        try:
+            if len(self._requests) >= self.config.max_requests:
+                raise Overloaded(f"{len(self._requests)} requests are here already", retry_after_s=RETRY_AFTER_S)
+            self._placement.check(request, now)
+        except BatonError as error:
+            self.stats.failed[error.code] += 1
+            raise
+        state = RequestState(request, received=now, deadline=now + request.deadline_s)
+        self.stats.submitted += 1
+        self._requests[state] = None
+        self._wait(state, now)
+        self._place(state, now)
+        return state
+
+    def cancel(self, state: RequestState, now: float) -> None:
+        """The consumer is gone: free everything at once. Idempotent."""
+        if state.outcome is None:
+            self._abandon(state)
+            self._finish(state, FinishReason.CANCELLED)
+
+    def close(self) -> None:
+        """The router goes away: what is not done fails."""
+        for state in list(self._requests):
+            self._abandon(state)
+            self._fail(state, NotReady("the router is shutting down", retry_after_s=RETRY_AFTER_S))
+
+    def drain(self) -> Effects:
+        """What has to be done since the last call."""
+        effects, self._effects = self._effects, Effects()
+        for state in effects.news:
+            state.touched = False
+        return effects
+
+    # --- the workers' side ---
+
+    def worker_up(self, info: WorkerInfo, now: float) -> None:
+        """A session with this incarnation of a worker stands. It is usable from its first load report on."""
+        self.worker_lost(info.ref.name, "a new session took its place", now)
+        self._placement.joined(Worker(info, heard=now, draining=info.ref.name in self._draining))
+
+    def worker_lost(self, name: str, why: str, now: float) -> None:
+        """The session broke or the worker fell silent: its requests go elsewhere. No error if it is not there."""
+        if worker := self._placement.left(name):
+            self.stats.losses += 1
+            self._move_away(worker, WorkerLost(f"worker {name}: {why}"), now)
+
+    def set_draining(self, names: Iterable[str]) -> None:
+        """Exactly these workers take no new requests; what they have, they finish."""
+        self._draining = frozenset(names)
+        for name, worker in self._fleet.workers.items():
+            worker.draining = name in self._draining
+
+    def on_report(self, name: str, report: StepReport, now: float) -> None:
+        """Take in what a worker says of one step."""
+        worker = self._fleet.workers.get(name)
+        if worker is None:
+            return
+        worker.heard = now
+        for events in report.kv:
+            if self._placement.index.apply(name, events):
+                self.stats.resyncs += 1
+                self._effects.sends.append((name, Resync()))
+        for started in report.started:
+            if state := self._tickets.get(started.ticket):
+                _started(state, started.cached_tokens, now)
+        self._take_tokens(name, report.tokens, now)
+        for handed in report.handed_over:
+            if (state := self._tickets.get(handed.ticket)) and state.attempt:
+                self._handed_over(state, state.attempt, now)
+        for finished in report.finished:
+            if state := self._tickets.get(finished.ticket):
+                self._retire(state)
+                self._finish(state, finished.reason)
+        for failed in report.failed:
+            self._failed(name, failed, now)
+        if report.load is not None:
+            self._loaded(worker, report.load, now)
+
+    def tick(self, now: float) -> None:
+        """Enforce leases, deadlines and waiting times. Call some 20 times a second."""
+        for worker in list(self._fleet.workers.values()):
+            if (silent := now - worker.heard) > self.config.lease_s:
+                self.worker_lost(worker.name, f"silent for {silent:.1f} s", now)
+                self._effects.disconnects.append(worker.name)
+        self._placement.tick(now)
+        for state in [s for s in self._requests if now >= s.deadline]:
+            self._abandon(state)
+            self._fail(state, DeadlineExceeded(f"not done after {now - state.received:.1f} s"))
+        for state in [s for s, waiting in self._waiting.items() if now >= waiting.next_try]:
+            self._place(state, now)
+
+    # --- numbers ---
+
+    @property
+    def ready(self) -> bool:
+        """Whether a usable pair is there now."""
+        return self._placement.ready
+
+    @property
+    def limits(self) -> Limits | None:
+        """What the fleet can take; None before the first worker."""
+        return self._placement.limits
+
+    def snapshot(self) -> Snapshot:
+        """For metrics and people."""
+        return Snapshot(
+            workers=self._placement.snapshot(),
+            running=len(self._tickets),
+            waiting=len(self._waiting),
+            index_entries=len(self._placement.index),
+            stats=self.stats,
+        )
+
+    # --- progress ---
+
+    def _take_tokens(self, name: str, tokens: Iterable[TokenOut], now: float) -> None:
+        """The hot path: one dictionary look-up and a few appends a token."""
+        tickets, news = self._tickets, self._effects.news
+        for token in tokens:
+            state = tickets.get(token.ticket)
+            if state is None or state.attempt is None:
+                continue
+            gap = token.position - state.position
+            if gap:
+                if gap > 0:
+                    error = HandoverFailed(f"a token at {token.position} where {state.position} was next")
+                    self._again(state, error, blamed=name, told=name, now=now)
+                continue
+            if not state.attempt.begun:
+                self._begun(state, state.attempt, name, now)
+            state.output.append(token.token)
+            state.fresh.append(token)
+            state.last_token = now
+            if not state.touched:
+                state.touched = True
+                news.append(state)
+                self._bound(state)
+
+    def _begun(self, state: RequestState, attempt: Attempt, name: str, now: float) -> None:
+        """The first token of an attempt is here."""
+        self._fleet.begun(attempt)
+        if state.first_token is None:
+            state.first_token = now
+        if name == attempt.decode:
+            self._handed_over(state, attempt, now)
+
+    def _handed_over(self, state: RequestState, attempt: Attempt, now: float) -> None:
+        if attempt.source and attempt.decode is not None:
+            self._fleet.handed_over(attempt)
+            if state.handover_done is None:
+                state.handover_done = now
+
+    def _bound(self, state: RequestState) -> None:
+        if len(state.fresh) > MAX_BACKLOG:
+            self._abandon(state)
+            self._fail(state, Overloaded(f"{len(state.fresh)} tokens lie unread"))
+
+    def _loaded(self, worker: Worker, load: Load, now: float) -> None:
+        worker.load = load
+        stalled = load.loop_age_s > self.config.stall_s
+        if stalled and not worker.stalled:
+            worker.stalled = True
+            self.stats.losses += 1
+            error = WorkerLost(f"worker {worker.name}: its engine loop has not moved for {load.loop_age_s:.0f} s")
+            self._move_away(worker, error, now)
+        worker.stalled = stalled
+        # Room may have appeared. The first that finds none ends the search: those behind it wait as well.
+        for state in list(islice(self._waiting, PLACED_AT_ONCE)):
+            if not self._place(state, now):
+                break
+
+    # --- failures ---
+
+    def _failed(self, name: str, failed: Failed, now: float) -> None:
+        state = self._tickets.get(failed.ticket)
+        if state is None or state.attempt is None:
+            return
+        attempt = state.attempt
+        if name != attempt.decoder and not attempt.source:
+            return  # the decode worker has it: what becomes of the prefill worker's side does not matter
+        error = from_code(failed.code, f"worker {name}: {failed.message}", RETRY_AFTER_S)
+        if error.retryable:
+            # Who reports is alive. Unless its own engine failed, a pair's trouble lies with the other one.
+            other = attempt.decode if name == attempt.prefill and not isinstance(error, EngineFailure) else None
+            self._again(state, error, blamed=other or name, told=name, now=now)
+        else:
+            self._abandon(state, told=name)
+            self._fail(state, error)
+
+    def _move_away(self, worker: Worker, error: BatonError, now: float) -> None:
+        for ticket in sorted(worker.tickets):
+            self._again(self._tickets[ticket], error, blamed=worker.name, told="", now=now)
+
+    def _again(self, state: RequestState, error: BatonError, blamed: str, told: str, now: float) -> None:
+        """This attempt is over; make another, if that makes sense. `told`: the worker that knows that it is over."""
+        self._abandon(state, told)
+        self.stats.retries[error.code] += 1
+        state.last_error = error
+        state.losses += isinstance(error, WorkerLost | EngineFailure)
+        if state.complete:
+            self._finish(state, FinishReason.LENGTH)
+        elif state.losses >= self.config.max_losses:
+            self._fail(state, PoisonRequest(f"given up after {state.losses} lost workers; the last: {error}"))
+        elif state.attempts >= self.config.max_attempts:
+            self._fail(state, _final(error, f"given up after {state.attempts} attempts; the last: {error}"))
+        else:
+            state.excluded[blamed] = now + self._exclusion(state, error)
+            self._wait(state, now)
+            self._place(state, now)
+
+    def _exclusion(self, state: RequestState, error: BatonError) -> float:
+        if not isinstance(error, PoolFull):
+            return EXCLUSION_S
+        state.refusals += 1
+        return min(FIRST_BACKOFF_S * 2.0 ** (state.refusals - 1), MAX_BACKOFF_S)
+
+    # --- placing ---
+
+    def _wait(self, state: RequestState, now: float) -> None:
+        self._waiting[state] = Waiting(since=now, next_try=now)
+
+    def _place(self, state: RequestState, now: float) -> bool:
+        """Send a waiting request to the best pair. False: nobody has room, and it waits on, or its time is up."""
+        waiting = self._waiting[state]
+        if choice := self._placement.pick(state, now):
+            del self._waiting[state]
+            state.waited_s += now - waiting.since
+            self._send_out(state, choice, now)
+            return True
+        waiting.next_try = min([now + LOOK_AGAIN_S, *state.excluded.values()])
+        if state.waited_s + now - waiting.since > self.config.place_timeout_s:
+            full = self._placement.ready
+            why = f"no worker {'had room' if full else 'was there'} for {self.config.place_timeout_s:.0f} s"
+            self._fail(state, (Overloaded if full else NotReady)(why, retry_after_s=RETRY_AFTER_S))
+        return False
+
+    def _send_out(self, state: RequestState, choice: Choice, now: float) -> None:
+        source, target = choice.prefill.info, choice.decode.info if choice.decode else None
+        decoder = choice.decode or choice.prefill
+        attempt = Attempt(
+            ticket=self._next_ticket,
+            prefill=source.ref.name,
+            decode=target.ref.name if target else None,
+            tokens=choice.uncached,
+            blocks=-(-state.position // decoder.info.block_size),
+        )
+        self._next_ticket += 1
+        self._fleet.charge(attempt)
+        self._tickets[attempt.ticket] = state
+        state.attempt = attempt
+        state.attempts += 1
+        state.ceiling = min(choice.prefill.longest, decoder.longest)
+        if state.routed is None:
+            state.routed = now
+        self.stats.decisions[choice.reason] += 1
+        self.stats.prefix_hit_tokens += choice.cached
+        self.stats.routed_tokens += state.position
+        submit = Submit(attempt.ticket, state.attempts, state.so_far(now), target.ref if target else None)
+        self._effects.sends.append((attempt.prefill, submit))
+
+    # --- ends ---
+
+    def _retire(self, state: RequestState) -> list[str]:
+        """The current ticket, if there is one, counts no more. Returns the workers that still held it."""
+        attempt, state.attempt = state.attempt, None
+        if attempt is None:
+            return []
+        del self._tickets[attempt.ticket]
+        state.chains.clear()  # the tokens have grown since they were hashed
+        return self._fleet.release(attempt)
+
+    def _abandon(self, state: RequestState, told: str = "") -> None:
+        """Retire the current ticket and tell the workers that hold it, but for the one that knows."""
+        ticket = state.attempt.ticket if state.attempt else 0
+        for name in self._retire(state):
+            if name != told:
+                self._effects.sends.append((name, Cancel(ticket)))
+
+    def _finish(self, state: RequestState, reason: FinishReason) -> None:
+        self.stats.finished[reason.value] += 1
+        state.outcome = state.finish(reason)
+        self._ended(state)
+
+    def _fail(self, state: RequestState, error: BatonError) -> None:
+        self.stats.failed[error.code] += 1
+        state.outcome = error
+        self._ended(state)
+
+    def _ended(self, state: RequestState) -> None:
+        self.stats.output_tokens += len(state.output)
+        self._waiting.pop(state, None)
+        del self._requests[state]
+        if not state.touched:
+            state.touched = True
+            self._effects.news.append(state)
+
+
+def _started(state: RequestState, cached_tokens: int, now: float) -> None:
+    state.waited_s = 0.0  # somebody took it
+    if state.prefill_start is None:
+        state.prefill_start = now
+        state.cached_tokens = cached_tokens
+
+
+def _final(error: BatonError, message: str) -> BatonError:
+    """What the client hears when attempts run out: a full fleet is the client's to wait for, the rest is ours."""
+    if isinstance(error, PoolFull):
+        return Overloaded(message, retry_after_s=RETRY_AFTER_S)
+    return from_code(error.code, message, RETRY_AFTER_S)
