@@ -11,19 +11,20 @@ from typer.testing import CliRunner
 
 from baton.bench import report
 from baton.bench.cli import app
+from tests.bench.fake_server import fake_server
 
 runner = CliRunner()
 
 
 @pytest.fixture
-def url(fake):
+def url():
     """Address of a fake server that runs beside the command under test."""
     started, address = threading.Event(), []
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
 
     async def serve() -> None:
-        async with fake.fake_server() as server:
+        async with fake_server() as server:
             address.append(server.url)
             started.set()
             await stop.wait()

@@ -6,11 +6,12 @@ import pytest
 
 from baton.bench.client import Sample, Target, ask
 from baton.bench.wire import HttpClient
+from tests.bench.fake_server import fake_server
 
 
 @pytest.mark.parametrize("chat", [False, True])
-async def test_a_sample_has_every_event_and_the_servers_own_counts(fake, chat):
-    async with fake.fake_server() as server:
+async def test_a_sample_has_every_event_and_the_servers_own_counts(chat):
+    async with fake_server() as server:
         http = HttpClient(server.url)
         sample = await ask(http, Target("fake", chat=chat), "hello" if chat else (1, 2, 3), 5)
         http.close()
@@ -24,16 +25,16 @@ async def test_a_sample_has_every_event_and_the_servers_own_counts(fake, chat):
     ("model", "error"),
     [("busy", "http_429"), ("dies", "connection"), ("breaks", "stream"), ("short", "length")],
 )
-async def test_failures_are_named_by_type(fake, model, error):
-    async with fake.fake_server() as server:
+async def test_failures_are_named_by_type(model, error):
+    async with fake_server() as server:
         http = HttpClient(server.url)
         sample = await ask(http, Target(model), (1,), 4)
         http.close()
     assert sample.error == error
 
 
-async def test_a_server_that_does_not_answer_is_a_timeout(fake):
-    async with fake.fake_server(first_s=60) as server:
+async def test_a_server_that_does_not_answer_is_a_timeout():
+    async with fake_server(first_s=60) as server:
         http = HttpClient(server.url)
         sample = await ask(http, Target("fake", timeout_s=0.05), (1,), 4)
     assert sample.error == "timeout"
@@ -44,8 +45,8 @@ async def test_no_server_is_a_connection_error():
     assert sample.error == "connection"
 
 
-async def test_a_shorter_answer_is_right_where_the_end_of_text_is_respected(fake):
-    async with fake.fake_server() as server:
+async def test_a_shorter_answer_is_right_where_the_end_of_text_is_respected():
+    async with fake_server() as server:
         http = HttpClient(server.url)
         sample = await ask(http, Target("short", ignore_eos=False), (1,), 4)
         http.close()
@@ -53,8 +54,8 @@ async def test_a_shorter_answer_is_right_where_the_end_of_text_is_respected(fake
     assert "ignore_eos" not in server.bodies[0]
 
 
-async def test_connections_are_used_again_unless_an_answer_was_abandoned(fake):
-    async with fake.fake_server(gap_s=0.01) as server:
+async def test_connections_are_used_again_unless_an_answer_was_abandoned():
+    async with fake_server(gap_s=0.01) as server:
         http = HttpClient(f"{server.url}/v1/")
         for _ in range(3):
             assert not (await ask(http, Target("fake"), (1,), 2)).error

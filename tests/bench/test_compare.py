@@ -16,6 +16,7 @@ from baton.bench.compare import TransformersSystem as Transformers
 from baton.bench.systems import Generated
 from baton.bench.wire import HttpClient
 from baton.common.errors import BatonError
+from tests.bench.fake_server import fake_server
 
 
 class Recorder:
@@ -56,8 +57,8 @@ async def test_each_round_runs_every_system_on_the_same_prompts_in_another_order
     assert len(set(seen)) == len(seen)  # nothing is asked twice: no answer comes from a cache
 
 
-async def test_baton_is_measured_through_http(fake):
-    async with fake.fake_server() as server:
+async def test_baton_is_measured_through_http():
+    async with fake_server() as server:
         http = HttpClient(server.url)
         system, measured = BatonSystem(http, Target("fake")), Measured()
         burst = await system.burst([(1, 2)] * 4, 3, 2)
