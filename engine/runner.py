@@ -116,7 +116,8 @@ def build_engine(
     device, dtype = resolve(config)
     folder = Path(config.model)
     model_config = ModelConfig.load(folder)
-    ops = select_ops(device, dtype, model_config.head_dim, config.block_size)
+    heads = (model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
+    ops = select_ops(device, dtype, *heads, config.block_size)
     begin = time.monotonic()
     if config.dummy_weights:
         weights, digest = dummy_weights(model_config, ops, dtype, device, progress), "dummy"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from baton.common.config import EngineConfig
 from baton.common.types import Request, SamplingParams
 from baton.engine.plan import StepPlan

@@ -1,0 +1,176 @@
+"""The operations in compiled C (`native.c`): float32 on a CPU.
+
+The library is compiled once with the system's C compiler and kept in the user's cache. Its OpenMP symbols are left
+open and found in torch's own runtime, so that both share one team of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .ops import Heads, Rows
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("native.c")
+_COMPILE_TIMEOUT_S = 120.0
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "panel_width": (),
+    "linear": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT),
+    "rms_norm": (_POINTER, _POINTER, _FLOAT, _LONG, _LONG, _POINTER, _INT),
+    "silu_mul": (_POINTER, _LONG, _LONG, _POINTER, _INT),
+    "rotate_and_store": (
+        *(_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _FLOAT),
+        *(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT),
+    ),
+    "attention": (
+        *(_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG),
+        *(_LONG, _LONG, _LONG, _LONG, _LONG, _INT),
+    ),
+}
+
+
+class NativeOps:
+    """See `ops.Ops`. A row's numbers do not depend on the rest of the batch; tensors must be contiguous float32.
+
+    `name` counts up with every change of the order of operations in native.c.
+    """
+
+    name = "native-1"
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self._library = library
+        self._threads = threads
+        self._panel: int = library.panel_width()
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """[N, K] → panels [N / P, K, P], the last one filled up with zeros."""
+        count, depth = weight.shape
+        panels = -(-count // self._panel)
+        packed = weight.new_zeros(panels, depth, self._panel)
+        whole = count // self._panel
+        packed[:whole].copy_(weight[: whole * self._panel].view(whole, self._panel, depth).transpose(1, 2))
+        if whole < panels:
+            packed[whole, :, : count - whole * self._panel].copy_(weight[whole * self._panel :].T)
+        return packed
+
+    def rows(self, packed: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return packed[indices // self._panel, :, indices % self._panel].contiguous()
+
+    def linear(
+        self, x: torch.Tensor, packed: torch.Tensor, features: int, add: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows, depth = x.shape
+        out = x.new_empty(rows, features)
+        add_at, add_stride = (None, 0) if add is None else (add.data_ptr(), features if add.dim() == 2 else 0)
+        self._library.linear(
+            *(x.data_ptr(), rows, depth, packed.data_ptr(), features),
+            *(add_at, add_stride, out.data_ptr(), self._threads),
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+        rows, depth = x.shape
+        out = x.new_empty(rows, depth)
+        self._library.rms_norm(x.data_ptr(), gain.data_ptr(), eps, rows, depth, out.data_ptr(), self._threads)
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, width = gate_up.shape
+        out = gate_up.new_empty(rows, width // 2)
+        self._library.silu_mul(gate_up.data_ptr(), rows, width // 2, out.data_ptr(), self._threads)
+        return out
+
+    def rotate_and_store(
+        self, qkv: torch.Tensor, heads: Heads, table: torch.Tensor, rows: Rows, kv: torch.Tensor
+    ) -> None:
+        query_gain, key_gain = heads.query_gain, heads.key_gain
+        self._library.rotate_and_store(
+            *(qkv.data_ptr(), len(qkv), heads.queries, heads.keys, heads.dim),
+            None if query_gain is None else query_gain.data_ptr(),
+            None if key_gain is None else key_gain.data_ptr(),
+            *(heads.eps, table.data_ptr(), rows.positions.data_ptr(), rows.slots.data_ptr()),
+            *(kv.data_ptr(), kv.shape[3], self._threads),
+        )
+
+    def attention(self, qkv: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor) -> torch.Tensor:
+        out = qkv.new_empty(len(qkv), heads.queries * heads.dim)
+        self._library.attention(
+            *(qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), len(rows.row_lengths)),
+            *(rows.starts.data_ptr(), rows.lengths.data_ptr(), rows.tables.data_ptr(), rows.tables.shape[1]),
+            *(heads.queries, heads.keys, heads.dim, kv.shape[3], heads.window, self._threads),
+        )
+        return out
+
+
+def supports(queries: int, keys: int, head_dim: int, block_size: int) -> bool:
+    """Whether native.c's attention can take this shape."""
+    return head_dim % 16 == 0 and head_dim <= 256 and block_size % 16 == 0 and queries // keys <= 64
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled library; None, with a line in the log, where it cannot be had."""
+    try:
+        runtime = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+        if runtime is not None:
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("compiled CPU operations are not available, torch's are used: %s", error)
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = _INT if name == "panel_width" else None
+    return library
+
+
+def _compiled() -> Path:
+    """The shared library for this source, compiler and processor, from the cache or compiled now."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        raise OSError("there is no C compiler")
+    tune = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    flags = ["-O3", tune, "-std=gnu11", "-fPIC", "-fopenmp"]
+    version = _call([compiler, "--version"])
+    key = hashlib.blake2b("\n".join((_SOURCE.read_text(), version, _processor(), *flags)).encode(), digest_size=12)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "kernels"
+    target = cache / f"native-{key.hexdigest()}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            item, built = Path(scratch) / "native.o", Path(scratch) / "native.so"
+            _call([compiler, *flags, "-c", str(_SOURCE), "-o", str(item)])
+            _call([compiler, "-shared", str(item), "-o", str(built), "-lm"])  # without -fopenmp: torch has the runtime
+            built.replace(target)
+    return target
+
+
+def _call(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()[:500]}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
