@@ -130,10 +130,13 @@ class Load:
     handovers: int = 0
     handover_bytes: int = 0
     handover_seconds: float = 0.0
+    """Sum over handovers, from the request to reserve to the acknowledged commit."""
     handover_skipped_blocks: int = 0
     handover_aborts: tuple[tuple[str, int], ...] = ()
     loop_age_s: float = 0.0
     """Seconds since the engine loop last went round: a loop that hangs while the process answers shows here."""
+    handover_exposed_seconds: float = 0.0
+    """The part of `handover_seconds` that does not hide behind compute: from the first token to the acknowledgement."""
 
 
 @dataclass(frozen=True, slots=True)

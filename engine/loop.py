@@ -154,6 +154,7 @@ class EngineLoop:
             handovers=stats.handovers,
             handover_bytes=stats.handover_bytes,
             handover_seconds=stats.handover_seconds,
+            handover_exposed_seconds=stats.handover_exposed_seconds,
             handover_skipped_blocks=stats.handover_skipped_blocks,
             handover_aborts=tuple(sorted(stats.handover_aborts.items())),
         )

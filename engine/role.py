@@ -38,6 +38,7 @@ class Stats:
     handovers: int = 0
     handover_bytes: int = 0
     handover_seconds: float = 0.0
+    handover_exposed_seconds: float = 0.0
     handover_skipped_blocks: int = 0
     handover_aborts: dict[str, int] = field(default_factory=dict)
     prefill_tokens_per_s: float = 0.0

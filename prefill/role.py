@@ -9,7 +9,7 @@ that ends with its first token hands nothing over. Whatever goes wrong is told t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..common.errors import (
     BatonError,
@@ -44,7 +44,9 @@ class Outgoing:
     target: WorkerRef
     state: SourceHandover
     opened: float
-    offered: list[int]
+    computed: float = 0.0
+    """When the first token was sampled: what the handover takes from here on delays the client."""
+    offered: list[int] = field(default_factory=list)
     """For each layer: blocks offered so far (a logical block number)."""
 
 
@@ -121,6 +123,7 @@ class PrefillRole:
                     self._context.stats.handovers += 1
                     self._context.stats.handover_bytes += self._outlet.bytes_sent(outgoing.id)
                     self._context.stats.handover_seconds += now - outgoing.opened
+                    self._context.stats.handover_exposed_seconds += now - outgoing.computed
                     self._context.outbox.handed_over(outgoing.sequence.key)
                     self._forget(outgoing.sequence)
             case Refused(code=code, message=text) | Abort(code=code, message=text):
@@ -146,7 +149,7 @@ class PrefillRole:
         self._next_id += 1
         patience = self._context.handover.lease_s
         state = SourceHandover(patience, now + patience)
-        outgoing = Outgoing(self._next_id, sequence, target, state, now, [])
+        outgoing = Outgoing(self._next_id, sequence, target, state, now)
         self._outgoing[outgoing.id] = self._by_key[sequence.key] = outgoing
         router, ticket = sequence.key
         message = Reserve(
@@ -191,6 +194,7 @@ class PrefillRole:
             self._end(sequence, "finished", "the request ended with its first token")
         elif outgoing is not None:
             outgoing.state.commit(now)
+            outgoing.computed = now
             first = TokenOut(sequence.key[1], len(sequence.tokens) - 1, sampled.token, sampled.logprob)
             self._context.outbox.to_target(outgoing.target, Commit(outgoing.id, first, sequence.deadline - now))
         else:
