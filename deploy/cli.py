@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import setproctitle
 import typer
 
 from .. import __version__
@@ -140,6 +141,7 @@ def _flag(path: str) -> str:
 def _serve(config: ServeConfig) -> None:
     source = models.find(config.model)
     endpoint = claim_port(config.host, config.port)
+    setproctitle.setproctitle("baton serve")  # `ps` shows what it is, and no longer a key among its arguments
     display = make_display()
     launcher = LocalLauncher(log=_log_files(config.log_dir) if config.log_dir else display.log)
     folder = models.prepare(source, lambda job: asyncio.run(_convert(job, display)))

@@ -22,6 +22,10 @@ from ..common.errors import BatonError, InvalidRequest
 LOCK_TIMEOUT_S = 900.0
 """How long to wait for another process that converts the same model."""
 
+HASHED_BYTES = 256 << 20
+"""A GGUF up to this size is known by its content, so that the demo of every virtual environment is the same one; a
+larger one by path, size and time of change, because reading all of it at each start would take too long."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportJob:
@@ -86,7 +90,11 @@ def cache_dir() -> Path:
 def cached_folder(gguf: Path) -> Path:
     """Where this file's conversion lives; another file, or the same one changed, gets another place."""
     facts = gguf.stat()
-    return cache_dir() / "models" / f"{gguf.stem}-{_short(f'{gguf.resolve()}|{facts.st_size}|{facts.st_mtime_ns}')}"
+    if facts.st_size <= HASHED_BYTES:
+        identity = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    else:
+        identity = f"{gguf.resolve()}|{facts.st_size}|{facts.st_mtime_ns}"
+    return cache_dir() / "models" / f"{gguf.stem}-{_short(identity)}"
 
 
 def _short(text: str) -> str:
@@ -105,8 +113,8 @@ def prepare(source: Source, convert: Convert) -> Path:
 
 
 def import_model(gguf: Path, target: Path, dtype: str, convert: Convert) -> None:
-    """Convert into a folder beside `target` and rename it when it is whole. A `target` that another process finished
-    meanwhile is left as it is. Raises `BatonError`."""
+    """Convert within a folder beside `target`, and move the result there when it is whole. A `target` that another
+    process finished meanwhile is left as it is. Raises `BatonError`."""
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +122,12 @@ def import_model(gguf: Path, target: Path, dtype: str, convert: Convert) -> None
             if target.is_dir() and any(target.iterdir()):
                 return
             shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-            convert(ImportJob(source=str(gguf), target=str(partial), dtype=dtype))
-            partial.rename(target)
+            partial.mkdir()
+            try:
+                convert(ImportJob(source=str(gguf), target=str(partial / "model"), dtype=dtype))
+                (partial / "model").rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise BatonError(f"cannot write {target}: {error.strerror or error}") from error
 

@@ -1,0 +1,134 @@
+"""`baton serve` from outside: it comes up, answers, says what its processes are, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.conftest import Start
+from tests.e2e.serving import Serve, eventually, gone
+
+QUESTION = {
+    "model": "demo",
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 16,
+    "temperature": 0,
+}
+LONG = {"model": "demo", "prompt": "Count: one, two, three,", "max_tokens": 200, "temperature": 0, "stream": True}
+
+
+def ask(serve: Serve) -> str:
+    reply = httpx.post(f"{serve.url}/v1/chat/completions", json=QUESTION, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return str(reply.json()["choices"][0]["message"]["content"])
+
+
+def test_it_answers(demo: Serve) -> None:
+    assert ask(demo) == "The capital of France is Paris."
+
+
+def test_the_curl_line_that_it_prints_works(demo: Serve) -> None:
+    line = next(line for line in demo.output.splitlines() if line.startswith("curl "))
+    done = subprocess.run([*shlex.split(line), "-sS"], capture_output=True, text=True, timeout=60)
+    assert "Paris" in done.stdout, done
+
+
+def test_every_process_says_what_it_is(demo: Serve) -> None:
+    assert demo.children().keys() == {"gateway", "prefill-0", "decode-0"}
+    shown = subprocess.run(
+        ["ps", "-o", "args=", "-p", str(demo.process.pid)], capture_output=True, text=True, timeout=10
+    )
+    assert shown.stdout.strip() == "baton serve"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_the_running_gateway_holds_no_torch_and_the_workers_no_web_framework(demo: Serve) -> None:
+    children = demo.children()
+    files = {name: {m.path for m in p.memory_maps()} for name, p in children.items()}
+    assert not [path for path in files["gateway"] if "libtorch" in path]
+    for worker in ("prefill-0", "decode-0"):
+        assert [path for path in files[worker] if "libtorch" in path]
+        assert not [path for path in files[worker] if "pydantic_core" in path]
+
+
+def test_worker_ports_are_on_loopback_only(demo: Serve) -> None:
+    for process in [*demo.children().values(), psutil.Process(demo.process.pid)]:
+        listening = [c.laddr.ip for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+        assert listening
+        assert set(listening) <= {"127.0.0.1", "::1"}
+
+
+def test_sigterm_finishes_what_has_begun_and_leaves_nothing(start: Start) -> None:
+    serve = start("--colocated", "1").wait_ready()
+    with httpx.stream("POST", f"{serve.url}/v1/completions", json=LONG, timeout=60) as reply:
+        lines = reply.iter_lines()
+        assert next(lines).startswith("data: ")
+        serve.signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert serve.wait() == 0
+
+
+def test_a_second_ctrl_c_does_not_wait(start: Start) -> None:
+    serve = start("--colocated", "1").wait_ready()
+    with httpx.stream("POST", f"{serve.url}/v1/completions", json=LONG | {"ignore_eos": True}, timeout=60) as reply:
+        assert next(reply.iter_lines()).startswith("data: ")
+        began = time.monotonic()
+        serve.signal(signal.SIGINT)
+        eventually(lambda: "draining" in serve.output, "it drains")
+        serve.signal(signal.SIGINT)
+        serve.wait()
+        assert time.monotonic() - began < 30, "the drain alone may take that long"
+
+
+@pytest.mark.parametrize("when", ["loading", "serving"])
+def test_kill_9_leaves_no_process(start: Start, when: str) -> None:
+    serve = start()
+    if when == "serving":
+        serve.wait_ready()
+    eventually(lambda: len(serve.children()) == 3, f"three processes\n{serve.output}", 60)
+    serve.signal(signal.SIGKILL)
+    assert serve.wait() == -signal.SIGKILL
+
+
+def test_a_worker_that_dies_is_back_soon(start: Start) -> None:
+    serve = start().wait_ready()
+    old = serve.children()["decode-0"]
+    old.kill()
+    eventually(lambda: gone(old) and "decode-0" in serve.children(), "a new decode-0", 30)
+
+    def ready() -> bool:
+        return httpx.get(f"{serve.url}/ready", timeout=10).status_code == 200
+
+    eventually(ready, f"ready again\n{serve.output}", 60)
+    assert ask(serve) == "The capital of France is Paris."
+    assert serve.stop() == 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["Perceptron"]}')
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    serve = start(str(tmp_path / "model"))
+    assert serve.wait(120) == 1
+    assert "cannot be kept running" in serve.output.splitlines()[-1]
+    assert "Perceptron" in serve.output
+
+
+def test_keys_come_from_the_environment_and_are_not_shown(start: Start) -> None:
+    serve = start("--colocated", "1", env={"BATON_API_KEY": "topsecret"}).wait_ready()
+    assert httpx.post(f"{serve.url}/v1/chat/completions", json=QUESTION, timeout=60).status_code == 401
+    headers = {"Authorization": "Bearer topsecret"}
+    assert httpx.post(f"{serve.url}/v1/chat/completions", json=QUESTION, headers=headers, timeout=60).status_code == 200
+    assert "topsecret" not in serve.output
+    line = next(line for line in serve.output.splitlines() if line.startswith("curl "))
+    environment = os.environ | {"BATON_API_KEY": "topsecret"}
+    done = subprocess.run(f"{line} -sS", shell=True, capture_output=True, text=True, timeout=60, env=environment)
+    assert "Paris" in done.stdout, done
