@@ -1,0 +1,255 @@
+"""Virtual time, and a worker that lives in it: everything of a worker but its model, its threads and its sockets."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from ..common.config import HandoverConfig
+from ..common.errors import BatonError
+from ..common.hashing import BlockHasher, cluster_key
+from ..common.messages import Filled, Renew, RouterMessage, Spoiled, StepReport
+from ..common.types import Role, WorkerInfo, WorkerRef
+from ..engine.block_table import BlockTable
+from ..engine.loop import EngineLoop
+from ..engine.mailbox import FromRouter, FromSource, FromTarget, Inbox, InboxItem, Mail, Outbox, RouterJoined
+from ..engine.plan import OnLayer, Sampled, StepPlan
+from ..engine.role import Context, Limits
+from ..kvtransfer import wire
+from ..kvtransfer.inlet import Inlet
+from ..kvtransfer.transport import Offer
+from ..worker.assembly import make_roles
+
+ROUTER = "router"
+LAYERS = 4
+"""Enough to see layers leave while later ones compute."""
+IDLE_S = 0.05
+BEAT_S = 0.5
+VOCABULARY = 50_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What things cost: a step, each token in it, each message, each byte of KV. The defaults are of the order of the
+    demo model on one core."""
+
+    step_s: float = 0.03
+    prefill_token_s: float = 0.003
+    decode_token_s: float = 0.002
+    message_s: float = 0.0005
+    kv_bytes_per_token: int = 46_080
+    kv_bytes_per_s: float = 1e9
+
+    def step(self, plan: StepPlan) -> float:
+        """Seconds of one step."""
+        decodes = sum(1 for part in plan.slices if part.count == 1 and part.samples)
+        return self.step_s + decodes * self.decode_token_s + (plan.tokens - decodes) * self.prefill_token_s
+
+
+class World:
+    """Now, and what happens next. Events of one moment happen in the order in which they were entered."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+
+    def at(self, when: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._heap, (when, next(self._order), event))
+
+    def every(self, period: float, event: Callable[[], None]) -> None:
+        """Now, and again after each period, for ever."""
+
+        def again() -> None:
+            event()
+            self.at(self.now + period, again)
+
+        self.at(self.now, again)
+
+    def run(self, done: Callable[[], bool], limit_s: float) -> None:
+        """Let events happen until `done`. Raises `TimeoutError` where it is not by `limit_s` of virtual time."""
+        while not done():
+            self.now, _, event = heapq.heappop(self._heap)
+            if self.now > limit_s:
+                raise TimeoutError(f"not done after {limit_s:.0f} s of virtual time")
+            event()
+
+
+@dataclass(slots=True)
+class _StepClock:
+    """A worker's clock: the world's, and how far the running step is ahead of it."""
+
+    world: World
+    ahead: float = 0.0
+
+    def now(self) -> float:
+        return self.world.now + self.ahead
+
+
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    """Implements `engine.plan.Runner`: advances the clock layer by layer, and makes tokens up."""
+
+    clock: _StepClock
+    costs: Costs
+
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
+        share = self.costs.step(plan) / LAYERS
+        for layer in range(LAYERS):
+            self.clock.ahead += share
+            if on_layer is not None:
+                on_layer(layer)
+        return [Sampled(next_token(part.sequence.tokens)) if part.samples else None for part in plan.slices]
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """What the simulated model says after `tokens`."""
+    return (tokens[-1] * 31 + len(tokens) * 7 + 1) % VOCABULARY
+
+
+class _Store:
+    """A `BlockStore` of eight bytes a block: what its true size costs is the wire's business."""
+
+    num_layers = LAYERS
+    block_bytes = 8
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._data = [[bytes(8)] * num_blocks for _ in range(LAYERS)]
+
+    def gather(self, layer: int, blocks: Sequence[int]) -> memoryview:
+        return memoryview(b"".join(self._data[layer][block] for block in blocks))
+
+    def scatter(self, layer: int, blocks: Sequence[int], data: bytes | memoryview) -> None:
+        for index, block in enumerate(blocks):
+            self._data[layer][block] = bytes(data[8 * index : 8 * index + 8])
+
+
+@dataclass(slots=True)
+class _Outlet:
+    """Implements `kvtransfer.transport.Outlet`: one wire out of each worker, one frame on it at a time."""
+
+    worker: SimWorker
+    free_at: float = 0.0
+    targets: dict[int, WorkerRef] = field(default_factory=dict)
+    sent: dict[int, int] = field(default_factory=dict)
+
+    def open(self, handover_id: int, target: WorkerRef) -> None:
+        self.targets[handover_id], self.sent[handover_id] = target, 0
+
+    def offer(self, offer: Offer) -> None:
+        worker, costs = self.worker, self.worker.costs
+        size = len(offer.blocks) * worker.info.block_size * costs.kv_bytes_per_token // LAYERS
+        self.free_at = max(self.free_at, worker.clock.now()) + size / costs.kv_bytes_per_s
+        self.sent[offer.handover_id] += size
+        worker.world.at(self.free_at + costs.message_s, lambda: self._arrive(offer))
+
+    def close(self, handover_id: int) -> None:
+        self.targets.pop(handover_id, None)
+        self.sent.pop(handover_id, None)
+
+    def bytes_sent(self, handover_id: int) -> int:
+        return self.sent[handover_id]
+
+    def _arrive(self, offer: Offer) -> None:
+        target = self.targets.get(offer.handover_id)
+        if target is None:
+            return  # closed meanwhile: its blocks may not be read any more
+        ref, payload = self.worker.info.ref, self.worker.store.gather(offer.layer, offer.blocks)
+        header = wire.FrameHeader(
+            offer.handover_id, offer.attempt, offer.layer, offer.first, len(offer.blocks), wire.checksum(payload)
+        )
+        self.worker.peers[target.name].take(ref, wire.pack(header, payload))
+
+
+class SimWorker:
+    """One worker in virtual time. `tell_router` takes its reports, at the moment at which they arrive there."""
+
+    def __init__(
+        self, world: World, costs: Costs, info: WorkerInfo, limits: Limits, peers: dict[str, SimWorker],
+        tell_router: Callable[[str, StepReport], None],
+    ) -> None:  # fmt: skip
+        self.world, self.costs, self.info, self.peers = world, costs, info, peers
+        self.clock = _StepClock(world)
+        self.store = _Store(info.total_blocks)
+        self._tell_router = tell_router
+        self._inbox = Inbox()
+        self._wakes = 0  # counts, so that a wake-up that was overtaken is known
+        self._asleep = False
+        self.late_frames = 0
+        table = BlockTable(info.total_blocks, BlockHasher(info.block_size, cluster_key(ROUTER)))
+        context = Context(
+            ref=info.ref, fingerprint=info.fingerprint, table=table, outbox=Outbox(), limits=limits,
+            handover=HandoverConfig(),
+        )  # fmt: skip
+        self._inlet = Inlet(self.store, self.clock, self.post)
+        self._outlet = _Outlet(self)
+        roles = make_roles(info.role, context, self._inlet, self._outlet, LAYERS)
+        self.loop = EngineLoop(context, roles, _Runner(self.clock, costs), self._inbox, self.clock, self._deliver)
+        self.post(RouterJoined(ROUTER))
+        world.at(world.now, self._round)
+        world.every(BEAT_S, self._beat)
+
+    def post(self, item: InboxItem | Filled | Spoiled) -> None:
+        """Something has arrived. A worker that sleeps wakes up; one that computes sees it after its step."""
+        self._inbox.post(item)
+        if self._asleep:
+            self._asleep = False
+            self._schedule(0.0)
+
+    def receive(self, message: RouterMessage) -> None:
+        self.post(FromRouter(ROUTER, message))
+
+    def take(self, source: WorkerRef, frame: bytes) -> None:
+        """A frame of KV has arrived."""
+        try:
+            self._inlet.receive((source.name, source.epoch), frame)
+        except BatonError:  # for a handover that is over: the source learns from the control messages
+            self.late_frames += 1
+
+    def _schedule(self, delay: float) -> None:
+        self._wakes += 1
+        wake = self._wakes
+        self.world.at(self.world.now + delay, lambda: self._round() if wake == self._wakes else None)
+
+    def _round(self) -> None:
+        """One round of the loop. It happens in no time; what it costs, the worker then is not to be had."""
+        self.clock.ahead, self._asleep = 0.0, False
+        computed = self.loop.step()
+        cost, self.clock.ahead = self.clock.ahead, 0.0
+        self._schedule(cost if computed else IDLE_S)
+        self._asleep = not computed
+
+    def _deliver(self, mail: Mail) -> None:
+        """Called inside a step: what is said now arrives after the wire's delay."""
+        arrival, ref = self.clock.now() + self.costs.message_s, self.info.ref
+        for report in mail.reports.values():
+            self.world.at(arrival, lambda report=report: self._tell_router(ref.name, report))  # type: ignore[misc]
+        for target, to_target in mail.to_targets:
+            self._send(arrival, target, FromSource(ref, to_target))
+        for source, to_source in mail.to_sources:
+            self._send(arrival, source, FromTarget(ref, to_source))
+
+    def _send(self, arrival: float, to: WorkerRef, item: InboxItem) -> None:
+        self.world.at(arrival, lambda: self.peers[to.name].post(item))
+
+    def _beat(self) -> None:
+        """What a worker's lines say in between: its load to the router, and that its handovers live."""
+        arrival = self.world.now + self.costs.message_s
+        report = StepReport(load=self.loop.load())
+        self.world.at(arrival, lambda: self._tell_router(self.info.ref.name, report))
+        by_target: dict[WorkerRef, list[int]] = {}
+        for handover_id, target in self._outlet.targets.items():
+            by_target.setdefault(target, []).append(handover_id)
+        for target, ids in by_target.items():
+            self._send(arrival, target, FromSource(self.info.ref, Renew(tuple(ids))))
+
+
+def sim_info(name: str, role: Role, epoch: int, blocks: int, block_size: int, longest: int, costs: Costs) -> WorkerInfo:
+    """The handshake of a simulated worker."""
+    return WorkerInfo(
+        ref=WorkerRef(name, name, epoch), role=role, fingerprint="simulated", model="simulated", block_size=block_size,
+        total_blocks=blocks, max_model_len=longest, kv_bytes_per_token=costs.kv_bytes_per_token, vocab_size=VOCABULARY,
+    )  # fmt: skip
