@@ -165,7 +165,7 @@ class RouterCore:
             if (silent := now - worker.heard) > self.config.lease_s:
                 self.worker_lost(worker.name, f"silent for {silent:.1f} s", now)
                 self._effects.disconnects.append(worker.name)
-        self._placement.tick(now)
+        self._placement.look(now)
         for state in [s for s in self._requests if now >= s.deadline]:
             self._abandon(state)
             self._fail(state, DeadlineExceeded(f"not done after {now - state.received:.1f} s"))

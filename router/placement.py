@@ -32,7 +32,7 @@ class Placement:
         """Whether a usable pair is there now."""
         return has_pair(self.fleet.usable())
 
-    def tick(self, now: float) -> None:
+    def look(self, now: float) -> None:
         """Remember when there last was a usable pair."""
         if self.ready:
             self._last_ready = now
@@ -55,7 +55,8 @@ class Placement:
     def check(self, request: Request, now: float) -> None:
         """Raise `NotReady` if nobody could serve it for longer than a request may wait, `PromptTooLong` if nobody
         ever could."""
-        if self.limits is None or (not self.ready and now - self._last_ready > self._place_timeout_s):
+        self.look(now)
+        if self.limits is None or now - self._last_ready > self._place_timeout_s:
             raise NotReady("no pair of workers is ready", retry_after_s=1.0)
         if len(request.tokens) + 1 > self.limits.max_model_len:
             raise PromptTooLong(

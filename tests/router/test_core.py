@@ -1,0 +1,554 @@
+"""Each rule of a request's life, one by one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from baton.common.errors import (
+    BatonError,
+    DeadlineExceeded,
+    EngineFailure,
+    HandoverFailed,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    PoisonRequest,
+    PoolFull,
+    PromptTooLong,
+    WorkerLost,
+)
+from baton.common.hashing import BlockHasher, cluster_key
+from baton.common.messages import (
+    Failed,
+    Finished,
+    HandedOver,
+    KvEvents,
+    Resync,
+    Started,
+    TokenOut,
+)
+from baton.common.types import FinishReason, Role, Timeline, Usage
+from baton.router import request as request_module
+from baton.router.request import RequestState
+from tests.router.fakes import Driver, cancels, finish_of, load, request
+
+LENGTH, STOP, CANCELLED = FinishReason.LENGTH, FinishReason.STOP, FinishReason.CANCELLED
+
+
+@pytest.fixture
+def pair() -> Driver:
+    """One prefill and one decode worker."""
+    driver = Driver()
+    driver.up("p", Role.PREFILL)
+    driver.up("d", Role.DECODE)
+    return driver
+
+
+@pytest.fixture
+def two_pairs(pair: Driver) -> Driver:
+    pair.up("q", Role.PREFILL)
+    pair.up("e", Role.DECODE)
+    return pair
+
+
+def tokens_of(state: RequestState) -> list[int]:
+    return [token.token for token in state.fresh]
+
+
+# --- the good way ---
+
+
+def test_a_request_goes_to_a_pair_and_its_tokens_come_back(pair: Driver) -> None:
+    state = pair.submit((1, 2, 3), max_tokens=3)
+    name, submit = pair.submitted()
+    assert name == "p" and submit.decode is not None and submit.decode.name == "d"
+    assert submit.request.tokens == (1, 2, 3) and submit.attempt == 1
+    pair.now += 1
+    pair.report("p", started=(Started(submit.ticket, 2),))
+    pair.now += 1
+    pair.tokens("d", submit.ticket, 3, 10)
+    pair.report("p", handed_over=(HandedOver(submit.ticket),))
+    pair.now += 1
+    pair.tokens("d", submit.ticket, 4, 11, 12, finished=(Finished(submit.ticket, LENGTH),))
+    batch = state.take()
+    assert [token.token for token in batch.tokens] == [10, 11, 12]
+    assert batch.finish is not None
+    assert batch.finish.reason is LENGTH
+    assert batch.finish.usage == Usage(3, 2, 3)
+    assert batch.finish.timeline == Timeline(0.0, 1.0, 2.0, 2.0, 3.0)
+    assert pair.take() == []
+    pair.assert_empty()
+
+
+def test_news_names_each_request_once_for_each_drain(pair: Driver) -> None:
+    states = [pair.submit() for _ in range(3)]
+    tickets = [submit.ticket for _, submit in pair.submits()]
+    assert len(set(tickets)) == 3
+    pair.news.clear()
+    pair.report("d", tokens=tuple(TokenOut(t, 3 + i, 7) for i in range(2) for t in tickets))
+    assert pair.news == states
+
+
+def test_an_end_at_the_first_token_needs_no_decode_worker(pair: Driver) -> None:
+    state = pair.submit(max_tokens=1)
+    _, submit = pair.submitted()
+    pair.tokens("p", submit.ticket, 3, 9, finished=(Finished(submit.ticket, STOP),))
+    assert finish_of(state).reason is STOP and tokens_of(state) == [9]
+    pair.assert_empty()
+
+
+def test_the_worker_that_caches_the_prefix_gets_the_request() -> None:
+    driver = Driver()
+    for name in ("a", "b", "c"):
+        driver.up(name)
+    prompt = range(40)
+    hashes = BlockHasher(4, cluster_key("")).chain(list(prompt), "")
+    driver.report("b", kv=(KvEvents(1, tuple(hashes[:8])),))
+    for _ in range(3):
+        state = driver.submit(tuple(prompt))
+        name, _ = driver.submitted()
+        assert name == "b"
+        driver.core.cancel(state, driver.now)
+        driver.drain()
+        driver.take()
+    assert driver.core.stats.decisions == {"prefix": 3}
+    assert driver.core.stats.prefix_hit_tokens == 96
+
+
+def test_a_missed_kv_event_asks_for_a_resync(pair: Driver) -> None:
+    pair.report("p", kv=(KvEvents(4),))
+    assert pair.take() == [("p", Resync())]
+
+
+# --- exactly once ---
+
+
+def test_duplicates_and_stale_tickets_change_nothing(pair: Driver) -> None:
+    state = pair.submit(max_tokens=3)
+    _, submit = pair.submitted()
+    pair.tokens("d", submit.ticket, 3, 10, 11)
+    pair.tokens("d", submit.ticket, 3, 10, 11)
+    pair.tokens("d", submit.ticket + 1, 5, 99)
+    pair.report(
+        "d", failed=(Failed(submit.ticket + 1, "pool_full", ""),), finished=(Finished(submit.ticket + 1, STOP),)
+    )
+    assert tokens_of(state) == [10, 11] and state.outcome is None
+    pair.tokens("d", submit.ticket, 5, 12, finished=(Finished(submit.ticket, LENGTH),))
+    pair.report("d", finished=(Finished(submit.ticket, STOP),))
+    assert finish_of(state).reason is LENGTH and tokens_of(state) == [10, 11, 12]
+
+
+def test_a_gap_starts_a_new_attempt(two_pairs: Driver) -> None:
+    state = two_pairs.submit(max_tokens=5)
+    _, first = two_pairs.submitted()
+    assert first.decode is not None
+    decode = first.decode.name
+    two_pairs.tokens(decode, first.ticket, 3, 10)
+    two_pairs.tokens(decode, first.ticket, 5, 12, 13)
+    ((_, second),) = [(n, m) for n, m in two_pairs.take() if not cancels([(n, m)])]
+    assert tokens_of(state) == [10]
+    assert second.request.tokens == (1, 2, 3, 10)  # type: ignore[attr-defined]
+
+
+# --- losses ---
+
+
+def test_a_lost_decode_worker_is_replaced_and_the_stream_goes_on(two_pairs: Driver) -> None:
+    state = two_pairs.submit((1, 2, 3), max_tokens=4)
+    _, first = two_pairs.submitted()
+    assert first.decode is not None
+    lost = first.decode.name
+    two_pairs.tokens(lost, first.ticket, 3, 10, 11)
+    two_pairs.now += 5
+    two_pairs.lose(lost)
+    _, second = two_pairs.submitted()
+    assert second.decode is not None and second.decode.name != lost
+    assert second.ticket != first.ticket and second.attempt == 2
+    assert second.request.tokens == (1, 2, 3, 10, 11) and second.request.prompt_len == 3
+    assert second.request.deadline_s == 595.0
+    two_pairs.tokens(lost, first.ticket, 5, 66)
+    two_pairs.tokens(second.decode.name, second.ticket, 5, 12, 13, finished=(Finished(second.ticket, LENGTH),))
+    assert tokens_of(state) == [10, 11, 12, 13]
+    assert finish_of(state).usage.completion_tokens == 4
+    two_pairs.assert_empty()
+
+
+def test_losing_one_of_a_pair_before_the_handover_cancels_at_the_other(two_pairs: Driver) -> None:
+    two_pairs.submit()
+    source, first = two_pairs.submitted()
+    assert first.decode is not None
+    two_pairs.lose(first.decode.name)
+    assert cancels(two_pairs.sent) == [(source, first.ticket)]
+    two_pairs.sent = [m for m in two_pairs.sent if not cancels([m])]
+    source, second = two_pairs.submitted()
+    assert second.decode is not None
+    two_pairs.lose(source)
+    assert cancels(two_pairs.sent) == [(second.decode.name, second.ticket)]
+
+
+@pytest.mark.parametrize("word", ["handed over", "first token"])
+def test_a_prefill_worker_lost_after_the_handover_does_not_matter(pair: Driver, word: str) -> None:
+    state = pair.submit(max_tokens=2)
+    _, submit = pair.submitted()
+    if word == "handed over":
+        pair.report("p", handed_over=(HandedOver(submit.ticket),))
+    else:
+        pair.tokens("d", submit.ticket, 3, 10)
+    pair.report("p", failed=(Failed(submit.ticket, "handover_failed", "late"),))
+    pair.lose("p")
+    assert pair.take() == []
+    pair.tokens(
+        "d",
+        submit.ticket,
+        state.position,
+        *range(10 + len(state.output), 12),
+        finished=(Finished(submit.ticket, LENGTH),),
+    )
+    assert tokens_of(state) == [10, 11]
+    pair.assert_empty()
+
+
+def test_a_request_that_loses_several_workers_is_poison() -> None:
+    driver = Driver(max_losses=3)
+    for i in range(4):
+        driver.up(f"w{i}")
+    state = driver.submit()
+    for _ in range(3):
+        assert state.outcome is None
+        name, _ = driver.submitted()
+        driver.lose(name)
+    assert isinstance(state.outcome, PoisonRequest)
+    assert len(driver.core.snapshot().workers) == 1
+    driver.assert_empty()
+
+
+def test_a_request_that_breaks_engines_is_poison_too() -> None:
+    driver = Driver(max_losses=2)
+    driver.up("a")
+    driver.up("b")
+    state = driver.submit()
+    blamed = []
+    for _ in range(2):
+        name, submit = driver.submitted()
+        blamed.append(name)
+        driver.report(name, failed=(Failed(submit.ticket, EngineFailure.code, "nan"),))
+    assert sorted(blamed) == ["a", "b"]
+    assert isinstance(state.outcome, PoisonRequest)
+
+
+def test_a_silent_worker_is_lost_after_its_lease() -> None:
+    driver = Driver(lease_s=2.0)
+    driver.up("a")
+    state = driver.submit()
+    driver.now += 1.9
+    driver.tick()
+    assert driver.disconnected == []
+    driver.now += 0.2
+    driver.tick()
+    assert driver.disconnected == ["a"]
+    assert state.attempt is None and state.losses == 1 and driver.core.snapshot().waiting == 1
+
+
+def test_a_hung_loop_loses_its_requests_and_takes_none_until_it_moves() -> None:
+    driver = Driver(stall_s=10.0)
+    driver.up("a")
+    driver.submit()
+    _, first = driver.submitted()
+    driver.report("a", load=load(loop_age_s=10.5))
+    assert cancels(driver.take()) == [("a", first.ticket)]
+    driver.report("a", load=load(loop_age_s=11.0))
+    assert driver.core.stats.losses == 1 and not driver.core.ready
+    driver.wait(1.5)
+    assert driver.take() == []
+    driver.report("a", load=load())
+    _, second = driver.submitted()
+    assert second.attempt == 2
+
+
+def test_a_worker_that_comes_back_is_used_again_and_its_old_words_are_not() -> None:
+    driver = Driver()
+    driver.up("a")
+    state = driver.submit(max_tokens=2)
+    _, first = driver.submitted()
+    driver.lose("a")
+    driver.up("a", epoch=2)
+    driver.wait(1.2)
+    _, second = driver.submitted()
+    driver.tokens("a", first.ticket, 3, 66, finished=(Finished(first.ticket, STOP),))
+    driver.tokens("a", second.ticket, 3, 10, 11, finished=(Finished(second.ticket, LENGTH),))
+    assert tokens_of(state) == [10, 11]
+    driver.assert_empty()
+
+
+def test_a_new_session_of_a_worker_ends_what_the_old_one_held() -> None:
+    driver = Driver()
+    driver.up("a")
+    driver.submit()
+    driver.submitted()
+    driver.up("a", epoch=2)
+    assert driver.core.snapshot().waiting == 1 and driver.core.stats.losses == 1
+
+
+def test_a_completed_budget_whose_end_was_lost_finishes_by_length(pair: Driver) -> None:
+    state = pair.submit(max_tokens=2)
+    _, submit = pair.submitted()
+    pair.tokens("d", submit.ticket, 3, 10, 11)
+    pair.lose("d")
+    assert finish_of(state).reason is LENGTH
+    pair.assert_empty()
+
+
+def test_a_full_context_whose_end_was_lost_finishes_by_length() -> None:
+    driver = Driver()
+    driver.up("a", max_model_len=5)
+    driver.up("b", max_model_len=5)
+    state = driver.submit((1, 2, 3), max_tokens=50)
+    name, submit = driver.submitted()
+    driver.tokens(name, submit.ticket, 3, 10, 11)
+    driver.lose(name)
+    assert finish_of(state).reason is LENGTH
+
+
+# --- refusals ---
+
+
+def test_a_refused_request_goes_to_another_pair_at_once(two_pairs: Driver) -> None:
+    two_pairs.submit()
+    source, first = two_pairs.submitted()
+    assert first.decode is not None
+    two_pairs.report(source, failed=(Failed(first.ticket, PoolFull.code, "no blocks"),))
+    sent = two_pairs.take()
+    assert cancels(sent) == [(first.decode.name, first.ticket)]
+    ((_, second),) = [m for m in sent if not cancels([m])]
+    assert second.decode.name != first.decode.name  # type: ignore[attr-defined]
+
+
+def test_attempts_are_bounded_and_back_off_grows(pair: Driver) -> None:
+    state = pair.submit()
+    times = []
+    while state.outcome is None:
+        pair.wait(0.05)
+        for _, submit in [m for m in pair.take() if not cancels([m])]:
+            times.append(pair.now)
+            pair.report("p", failed=(Failed(submit.ticket, PoolFull.code, "full"),))  # type: ignore[attr-defined]
+    assert isinstance(state.outcome, Overloaded) and state.outcome.retry_after_s
+    assert len(times) == 12
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert gaps[-1] > 0.9 and gaps[0] < 0.2
+    pair.assert_empty()
+
+
+def test_other_failures_end_with_their_own_error_when_attempts_run_out() -> None:
+    driver = Driver(max_attempts=2)
+    driver.up("p", Role.PREFILL)
+    driver.up("d", Role.DECODE)
+    state = driver.submit()
+    for _ in range(2):
+        driver.wait(1.1)
+        ((_, submit),) = [m for m in driver.take() if not cancels([m])]
+        driver.report("p", failed=(Failed(submit.ticket, HandoverFailed.code, "checksum"),))  # type: ignore[attr-defined]
+    assert isinstance(state.outcome, HandoverFailed)
+
+
+def test_a_failure_that_no_other_worker_can_help_ends_the_request(pair: Driver) -> None:
+    state = pair.submit()
+    _, submit = pair.submitted()
+    pair.report("p", failed=(Failed(submit.ticket, InvalidRequest.code, "bad"),))
+    assert isinstance(state.outcome, InvalidRequest)
+    assert cancels(pair.take()) == [("d", submit.ticket)]
+    pair.assert_empty()
+
+
+# --- waiting ---
+
+
+def test_a_request_waits_for_a_worker_and_goes_when_one_comes(pair: Driver) -> None:
+    pair.lose("d")
+    state = pair.submit()
+    assert pair.take() == [] and state.outcome is None
+    pair.wait(3.0)
+    pair.up("e", Role.DECODE)
+    _, submit = pair.submitted()
+    assert submit.decode is not None and submit.decode.name == "e"
+
+
+def test_waiting_for_a_worker_ends_not_ready_and_for_room_overloaded() -> None:
+    driver = Driver(place_timeout_s=2.0)
+    driver.up("p", Role.PREFILL)
+    driver.up("d", Role.DECODE, load(free_blocks=0))
+    driver.tick()
+    full = driver.submit()
+    driver.wait(2.5)
+    assert isinstance(full.outcome, Overloaded) and full.outcome.retry_after_s
+    driver.lose("d")
+    gone = driver.submit()
+    driver.wait(2.5)
+    assert isinstance(gone.outcome, NotReady) and gone.outcome.retry_after_s
+    driver.assert_empty()
+
+
+def test_room_that_a_report_shows_is_used_at_once_and_first_come_is_first() -> None:
+    driver = Driver()
+    driver.up("p", Role.PREFILL)
+    driver.up("d", Role.DECODE, load(free_blocks=0))
+    for name in ("first", "second"):
+        driver.submit(name=name)
+    driver.report("d", load=load(free_blocks=1))
+    _, submit = driver.submitted()
+    assert submit.request.request_id == "first"
+    assert driver.core.snapshot().waiting == 1
+
+
+def test_deadlines_end_requests_in_flight_and_waiting(pair: Driver) -> None:
+    running = pair.submit(deadline_s=2.0)
+    _, submit = pair.submitted()
+    pair.wait(1.0)
+    assert running.outcome is None
+    pair.wait(1.1)
+    assert isinstance(running.outcome, DeadlineExceeded)
+    assert sorted(cancels(pair.take())) == [("d", submit.ticket), ("p", submit.ticket)]
+    pair.lose("d")
+    waiting = pair.submit(deadline_s=1.0)
+    pair.wait(1.1)
+    assert isinstance(waiting.outcome, DeadlineExceeded)
+    pair.assert_empty()
+
+
+def test_draining_workers_take_nothing_new_and_finish_what_they_have(pair: Driver) -> None:
+    state = pair.submit(max_tokens=1)
+    _, submit = pair.submitted()
+    pair.core.set_draining(["d"])
+    pair.submit()
+    assert pair.take() == [] and not pair.core.ready
+    pair.tokens("d", submit.ticket, 3, 10, finished=(Finished(submit.ticket, LENGTH),))
+    assert finish_of(state).reason is LENGTH
+    pair.core.set_draining([])
+    pair.wait(0.3)
+    assert len(pair.submits()) == 1
+
+
+# --- at the door, and away from it ---
+
+
+def test_admission_is_bounded() -> None:
+    driver = Driver(max_requests=2)
+    driver.up("a")
+    first = driver.submit()
+    driver.submit()
+    with pytest.raises(Overloaded) as refused:
+        driver.submit()
+    assert refused.value.retry_after_s
+    driver.core.cancel(first, driver.now)
+    driver.submit()
+
+
+def test_nobody_there_is_not_ready_at_the_door() -> None:
+    driver = Driver(place_timeout_s=5.0)
+    with pytest.raises(NotReady):
+        driver.submit()
+    driver.up("a")
+    driver.tick()
+    driver.lose("a")
+    driver.submit()  # may come back soon
+    driver.wait(6.0)
+    with pytest.raises(NotReady):
+        driver.submit()
+    assert driver.core.stats.failed == {"not_ready": 3}
+
+
+@pytest.mark.parametrize("limit", [{"max_model_len": 8}, {"total_blocks": 2}])
+def test_a_prompt_that_no_worker_can_hold_is_refused_with_both_lengths(limit: dict[str, int]) -> None:
+    driver = Driver()
+    driver.up("a", **limit)
+    with pytest.raises(PromptTooLong, match=r"8 tokens.* 8$"):
+        driver.submit(range(8))
+    driver.submit(range(7))
+    assert driver.core.limits is not None and driver.core.limits.max_model_len == 8
+
+
+def test_both_of_a_pair_have_to_hold_the_prompt() -> None:
+    driver = Driver()
+    driver.up("p", Role.PREFILL, max_model_len=100)
+    driver.up("d", Role.DECODE, max_model_len=10)
+    with pytest.raises(PromptTooLong):
+        driver.submit(range(50))
+
+
+def test_cancel_frees_both_workers_at_once_and_twice_is_no_more(pair: Driver) -> None:
+    state = pair.submit()
+    _, submit = pair.submitted()
+    for _ in range(2):
+        pair.core.cancel(state, pair.now)
+        pair.drain()
+    assert sorted(cancels(pair.take())) == [("d", submit.ticket), ("p", submit.ticket)]
+    assert finish_of(state).reason is CANCELLED
+    pair.tokens("d", submit.ticket, 3, 66)
+    assert tokens_of(state) == []
+    pair.assert_empty()
+
+
+def test_cancel_after_the_handover_tells_the_decode_worker_only(pair: Driver) -> None:
+    state = pair.submit()
+    _, submit = pair.submitted()
+    pair.tokens("d", submit.ticket, 3, 10)
+    pair.core.cancel(state, pair.now)
+    pair.drain()
+    assert cancels(pair.take()) == [("d", submit.ticket)]
+
+
+def test_cancel_of_a_waiting_request(pair: Driver) -> None:
+    pair.lose("p")
+    state = pair.submit()
+    pair.core.cancel(state, pair.now)
+    assert finish_of(state).reason is CANCELLED
+    pair.assert_empty()
+
+
+def test_unread_tokens_are_bounded(pair: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.router.core.MAX_BACKLOG", 5)
+    assert request_module.MAX_BACKLOG > 4096
+    state = pair.submit(max_tokens=100)
+    _, submit = pair.submitted()
+    for i in range(7):
+        pair.tokens("d", submit.ticket, 3 + i, i)
+    assert isinstance(state.outcome, Overloaded)
+    assert cancels(pair.take()) == [("d", submit.ticket)]
+    pair.assert_empty()
+
+
+def test_closing_fails_all_that_is_not_done(pair: Driver) -> None:
+    state = pair.submit()
+    pair.core.close()
+    assert isinstance(state.outcome, NotReady)
+    pair.assert_empty()
+
+
+def test_tokens_come_before_the_error_that_ended_them(pair: Driver) -> None:
+    state = pair.submit(max_tokens=9)
+    _, submit = pair.submitted()
+    pair.tokens("d", submit.ticket, 3, 10, failed=(Failed(submit.ticket, "invalid_value", "no"),))
+    assert [token.token for token in state.take().tokens] == [10]
+    with pytest.raises(InvalidRequest):
+        state.take()
+
+
+def test_snapshot_shows_workers_and_requests(two_pairs: Driver) -> None:
+    two_pairs.submit(range(9))
+    name, submit = two_pairs.submitted()
+    assert submit.decode is not None
+    snapshot = two_pairs.core.snapshot()
+    assert (snapshot.running, snapshot.waiting, len(snapshot.workers)) == (1, 0, 4)
+    by_name = {w.name: w for w in snapshot.workers}
+    assert by_name[name].queued_tokens == 9 and by_name[submit.decode.name].batch == 1
+    assert {w.state for w in snapshot.workers} == {"ready"}
+
+
+def test_errors_of_workers_keep_their_type_and_name_the_worker(pair: Driver) -> None:
+    state = pair.submit()
+    _, submit = pair.submitted()
+    pair.report("p", failed=(Failed(submit.ticket, "no_such_code", "odd"),))
+    assert type(state.outcome) is BatonError and "worker p: odd" in str(state.outcome)
+    assert not isinstance(state.outcome, WorkerLost)
+    assert request().request_id == "r"
