@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncIterator
 
 import pytest
 
-from baton.common.clock import RealClock
 from baton.common.errors import BatonError, StaleEpoch
 from baton.common.messages import Cancel, Failed, Hello, Ping, StepReport, Submit
 from baton.common.types import FinishReason, Request, Role, WorkerInfo, WorkerRef
 from baton.protos.rpc import Peer
 from baton.worker.assembly import Worker
-from tests.toy import EOS, LAYERS, ToyEngine, oracle, request, worker_config
+from tests.house import House
+from tests.toy import EOS, LAYERS, ToyEngine, oracle, request
 
 DEADLINE_S = 10.0
 
@@ -74,56 +73,17 @@ class Client:
         return next((f for r in self.reports for f in r.failed if f.ticket == ticket), None)
 
 
-class House:
-    """Some workers in this process, each with its loop on a thread."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.threads: list[threading.Thread] = []
-        self.workers: list[Worker] = []
-        self.clients: list[Client] = []
-
-    async def worker(self, name: str, role: Role, engine: ToyEngine | None = None, **handover: object) -> Worker:
-        worker = Worker(worker_config(name, role, **handover), engine or ToyEngine(), RealClock())
-        await worker.start()
-        thread = threading.Thread(target=worker.loop.run, args=(self.stop,))
-        thread.start()
-        self.workers.append(worker)
-        self.threads.append(thread)
-        return worker
-
-    async def client(self, worker: Worker, name: str = "router") -> Client:
-        client = Client(worker, name)
-        await client.open()
-        self.clients.append(client)
-        return client
-
-    async def balanced(self) -> None:
-        """Every worker's books balance and nothing is held, soon."""
-        for worker in self.workers:
-            for _ in range(100):
-                report = await worker.check()
-                assert report.ok, report.problem
-                if report.pinned_blocks == report.reserved_blocks == report.sequences == report.handovers == 0:
-                    break
-                await asyncio.sleep(0.02)
-            assert report.free_blocks + report.cached_blocks == report.total_blocks, report
-
-    async def close(self) -> None:
-        for client in self.clients:
-            await client.close()
-        for worker in self.workers:
-            await worker.stop()
-        self.stop.set()
-        for thread in self.threads:
-            await asyncio.to_thread(thread.join, 5.0)
-
-
 @pytest.fixture
 async def house() -> AsyncIterator[House]:
     house = House()
     yield house
     await house.close()
+
+
+async def connect(worker: Worker) -> Client:
+    client = Client(worker)
+    await client.open()
+    return client
 
 
 async def submit(client: Client, ticket: int, what: Request, decode: WorkerRef | None = None) -> None:
@@ -135,7 +95,7 @@ PROMPT = list(range(10, 33))
 
 async def test_colocated(house: House) -> None:
     worker = await house.worker("colocated-0", Role.COLOCATED)
-    client = await house.client(worker)
+    client = await connect(worker)
     await submit(client, 1, request("a", PROMPT, 20))
     await client.until(lambda: client.finish(1))
     assert client.tokens(1) == oracle(PROMPT, 20)
@@ -147,7 +107,7 @@ async def test_colocated(house: House) -> None:
 async def test_handover(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE)
-    up, down = await house.client(prefill), await house.client(decode)
+    up, down = await connect(prefill), await connect(decode)
     await submit(up, 1, request("a", PROMPT, 20), decode.ref)
     await down.until(lambda: down.finish(1))
     assert up.tokens(1) == []
@@ -165,7 +125,7 @@ async def test_handover(house: House) -> None:
 async def test_first_token_ends_it(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE)
-    up, _ = await house.client(prefill), await house.client(decode)
+    up, _ = await connect(prefill), await connect(decode)
     await submit(up, 1, request("a", PROMPT, 1), decode.ref)
     await up.until(lambda: up.finish(1))
     assert up.tokens(1) == oracle(PROMPT, 1)
@@ -174,7 +134,7 @@ async def test_first_token_ends_it(house: House) -> None:
 
 async def test_stop_token_and_min_tokens(house: House) -> None:
     worker = await house.worker("colocated-0", Role.COLOCATED)
-    client = await house.client(worker)
+    client = await connect(worker)
     expected = oracle(PROMPT, 20)
     await submit(client, 1, request("a", PROMPT, 20, stop_token_ids=(expected[6],)))
     await submit(client, 2, request("b", PROMPT, 20, stop_token_ids=(expected[6],), min_tokens=10))
@@ -185,7 +145,7 @@ async def test_stop_token_and_min_tokens(house: House) -> None:
 
 async def test_resumed_elsewhere_goes_on_where_it_was(house: House) -> None:
     worker = await house.worker("colocated-0", Role.COLOCATED)
-    client = await house.client(worker)
+    client = await connect(worker)
     expected = oracle(PROMPT, 20)
     await submit(client, 1, request("a", PROMPT + expected[:7], 20, prompt_len=len(PROMPT)))
     await client.until(lambda: client.finish(1))
@@ -196,7 +156,7 @@ async def test_resumed_elsewhere_goes_on_where_it_was(house: House) -> None:
 async def test_cancel_frees_both_sides(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE)
-    up, down = await house.client(prefill), await house.client(decode)
+    up, down = await connect(prefill), await connect(decode)
     for ticket in range(20):
         await submit(up, ticket, request(str(ticket), [ticket, *PROMPT], 150), decode.ref)
     await down.until(lambda: len({t.ticket for r in down.reports for t in r.tokens}) > 3)
@@ -209,20 +169,19 @@ async def test_cancel_frees_both_sides(house: House) -> None:
 async def test_router_gone_frees_both_sides(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE)
-    up, down = await house.client(prefill), await house.client(decode)
+    up, down = await connect(prefill), await connect(decode)
     for ticket in range(8):
         await submit(up, ticket, request(str(ticket), [ticket, *PROMPT], 150), decode.ref)
     await down.until(lambda: any(r.tokens for r in down.reports))
     await up.close()
     await down.close()
-    house.clients.clear()
     await house.balanced()
 
 
 async def test_pool_full_is_refused_at_once(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE, ToyEngine(num_blocks=4))
-    up, _ = await house.client(prefill), await house.client(decode)
+    up, _ = await connect(prefill), await connect(decode)
     await submit(up, 1, request("a", PROMPT, 20), decode.ref)
     await up.until(lambda: up.failure(1))
     assert up.failure(1).code == "pool_full"  # type: ignore[union-attr]
@@ -234,7 +193,7 @@ async def test_strangers_are_refused(house: House, what: str, code: str) -> None
     prefill = await house.worker("prefill-0", Role.PREFILL)
     other = ToyEngine(fingerprint="other") if what == "fingerprint" else ToyEngine()
     decode = await house.worker("decode-0", Role.DECODE, other)
-    up, _ = await house.client(prefill), await house.client(decode)
+    up, _ = await connect(prefill), await connect(decode)
     meant = decode.ref if what == "fingerprint" else WorkerRef(decode.ref.name, decode.ref.address, 1)
     await submit(up, 1, request("a", PROMPT, 20), meant)
     await up.until(lambda: up.failure(1))
@@ -253,7 +212,7 @@ async def test_wrong_epoch_in_hello(house: House) -> None:
 
 async def test_dead_target_is_told(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
-    up = await house.client(prefill)
+    up = await connect(prefill)
     await submit(up, 1, request("a", PROMPT, 20), WorkerRef("decode-9", "127.0.0.1:9", 5))
     await up.until(lambda: up.failure(1))
     assert up.failure(1).code == "worker_lost"  # type: ignore[union-attr]
@@ -263,7 +222,7 @@ async def test_dead_target_is_told(house: House) -> None:
 async def test_preempted_in_mid_decode(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE, ToyEngine(num_blocks=40))
-    up, down = await house.client(prefill), await house.client(decode)
+    up, down = await connect(prefill), await connect(decode)
     prompts = {t: [t, *PROMPT] for t in range(4)}
     for ticket, prompt in prompts.items():
         await submit(up, ticket, request(str(ticket), prompt, 100), decode.ref)
@@ -277,7 +236,7 @@ async def test_preempted_in_mid_decode(house: House) -> None:
 async def test_layers_leave_in_order_and_eos_ends(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE)
-    up, down = await house.client(prefill), await house.client(decode)
+    up, down = await connect(prefill), await connect(decode)
     await submit(up, 1, request("a", PROMPT, 20, logit_bias=((EOS, 1.0),)), decode.ref)
     await down.until(lambda: down.finish(1))
     (left,) = prefill.outlet.trace.left_at.values()

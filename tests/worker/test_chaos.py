@@ -1,0 +1,186 @@
+"""The real router and real workers with the toy model, while things go wrong: every stream that is not cancelled
+ends with the oracle's tokens, and every worker's books balance afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from baton.common.config import RouterConfig
+from baton.common.errors import PoisonRequest
+from baton.common.types import FinishReason, Request, Role
+from baton.kvtransfer.wire import FrameHeader
+from baton.router.service import Router
+from tests.house import Crash, House
+from tests.toy import ToyEngine, oracle, request
+
+TIMEOUT_S = 40.0
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    house = House()
+    yield house
+    await house.close()
+
+
+@pytest.fixture
+async def router(house: House) -> AsyncIterator[Router]:
+    config = RouterConfig(lease_s=1.0, heartbeat_s=0.1, place_timeout_s=20.0, max_attempts=1000, max_losses=50)
+    router = Router("router", config, "secret")
+    await router.start(house.members())
+    yield router
+    await router.close()
+
+
+async def ready(router: Router) -> None:
+    async with asyncio.timeout(5.0):
+        while router.ready()[0] != "ready":
+            await asyncio.sleep(0.02)
+
+
+async def answer(router: Router, what: Request, cancel_after: int | None = None) -> list[int] | None:
+    """All tokens of one request; None if it was cancelled on the way."""
+    stream, tokens = router.submit(what), []
+    while True:
+        batch = await stream.next()
+        for token in batch.tokens:
+            assert token.position == what.prompt_len + len(tokens)
+            tokens.append(token.token)
+        if cancel_after is not None and len(tokens) >= cancel_after:
+            stream.cancel()
+            return None
+        if batch.finish is not None:
+            assert batch.finish.reason is FinishReason.LENGTH
+            assert batch.finish.usage.completion_tokens == len(tokens)
+            return tokens
+
+
+def prompt(seed: int) -> list[int]:
+    rng = random.Random(seed)
+    shared = list(range(1, 1 + rng.choice([0, 6, 12])))
+    return shared + [rng.randrange(900) for _ in range(rng.randrange(1, 30))]
+
+
+def slowly(engine: ToyEngine, seconds: float) -> ToyEngine:
+    """Each step takes some time, so that failures find requests in every state."""
+    engine.runner.before = lambda plan: time.sleep(seconds)
+    return engine
+
+
+async def check(router: Router, seeds: Sequence[int], length: int) -> None:
+    """Serve these all at once and compare with the oracle."""
+    async with asyncio.timeout(TIMEOUT_S):
+        answers = await asyncio.gather(*(answer(router, request(str(s), prompt(s), length)) for s in seeds))
+    for seed, tokens in zip(seeds, answers, strict=True):
+        assert tokens == oracle(prompt(seed), length), seed
+
+
+async def test_quiet(house: House, router: Router) -> None:
+    for name, role in (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE), ("colocated-0", Role.COLOCATED)):
+        await house.worker(name, role)
+    await ready(router)
+    await check(router, range(30), 20)
+    await house.balanced()
+
+
+async def test_pools_too_small_for_all(house: House, router: Router) -> None:
+    """Refusals, waiting and preemptions, and everybody is served."""
+    await house.worker("prefill-0", Role.PREFILL, ToyEngine(num_blocks=24))
+    await house.worker("decode-0", Role.DECODE, ToyEngine(num_blocks=40), max_sending=3)
+    await ready(router)
+    await check(router, range(24), 60)
+    assert (await house.workers["decode-0"].check()).preemptions > 0
+    await house.balanced()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_storm(house: House, router: Router, seed: int) -> None:
+    """Workers of both roles die and come back under the same name, clients leave, all at random."""
+    rng = random.Random(seed)
+    roles = {"prefill-0": Role.PREFILL, "prefill-1": Role.PREFILL, "decode-0": Role.DECODE, "decode-1": Role.DECODE}
+    for name, role in roles.items():
+        await house.worker(name, role, slowly(ToyEngine(num_blocks=80), 0.002))
+    await ready(router)
+
+    async def killer() -> None:
+        for _ in range(6):
+            await asyncio.sleep(rng.uniform(0.05, 0.4))
+            name = rng.choice(sorted(roles))
+            await house.kill(name)
+            await asyncio.sleep(rng.uniform(0.0, 0.2))
+            await house.worker(name, roles[name], slowly(ToyEngine(num_blocks=80), 0.002))
+
+    async def client(number: int) -> None:
+        await asyncio.sleep(rng.uniform(0.0, 2.0))
+        leaves = rng.randrange(1, 30) if rng.random() < 0.3 else None
+        tokens = await answer(router, request(str(number), prompt(number), 60), leaves)
+        assert tokens is None or tokens == oracle(prompt(number), 60)
+
+    async with asyncio.timeout(TIMEOUT_S):
+        await asyncio.gather(killer(), *(client(n) for n in range(40)))
+    await house.balanced()
+
+
+async def test_damaged_bytes_are_noticed_and_computed_again(house: House, router: Router) -> None:
+    await house.worker("prefill-0", Role.PREFILL)
+    decode = await house.worker("decode-0", Role.DECODE)
+    inlet, damaged = decode._inlet, []
+    receive = inlet.receive
+
+    def damage(source: tuple[str, int], frame: bytes) -> FrameHeader:
+        if len(damaged) < 3:
+            frame = frame[:-1] + bytes([frame[-1] ^ 64])
+            damaged.append(source)
+        return receive(source, frame)
+
+    inlet.receive = damage  # type: ignore[method-assign]
+    await ready(router)
+    await check(router, range(6), 20)
+    aborts = dict(decode.loop.load().handover_aborts)
+    assert damaged and aborts["handover_failed"] > 0
+    await house.balanced()
+
+
+async def test_a_request_that_kills_workers_is_given_up(house: House) -> None:
+    """Its neighbours live."""
+    config = RouterConfig(lease_s=1.0, heartbeat_s=0.1, max_losses=3)
+    router = Router("router", config, "secret")
+    await router.start(house.members())
+    deadly = 950
+
+    def made() -> ToyEngine:
+        engine = ToyEngine()
+
+        def die(plan: object) -> None:
+            if any(deadly in p.sequence.request.tokens for p in plan.slices):  # type: ignore[attr-defined]
+                raise Crash
+
+        engine.runner.before = die
+        return engine
+
+    async def nurse() -> None:
+        """What a supervisor does."""
+        while True:
+            await asyncio.sleep(0.05)
+            for name in list(house.workers):
+                if not house.alive(name):
+                    await house.kill(name)
+                    await house.worker(name, Role.COLOCATED, made())
+
+    for number in range(2):
+        await house.worker(f"colocated-{number}", Role.COLOCATED, made())
+    await ready(router)
+    nursing = asyncio.create_task(nurse())
+    try:
+        with pytest.raises(PoisonRequest):
+            async with asyncio.timeout(TIMEOUT_S):
+                await answer(router, request("bad", [1, deadly, 2], 10))
+        await check(router, range(8), 10)
+    finally:
+        nursing.cancel()
+        await router.close()
