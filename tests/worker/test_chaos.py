@@ -91,7 +91,7 @@ async def test_quiet(house: House, router: Router) -> None:
 async def test_pools_too_small_for_all(house: House, router: Router) -> None:
     """Refusals, waiting and preemptions, and everybody is served."""
     await house.worker("prefill-0", Role.PREFILL, ToyEngine(num_blocks=24))
-    await house.worker("decode-0", Role.DECODE, ToyEngine(num_blocks=40), max_sending=3)
+    await house.worker("decode-0", Role.DECODE, slowly(ToyEngine(num_blocks=40), 0.005), max_sending=3)
     await ready(router)
     await check(router, range(24), 60)
     assert (await house.workers["decode-0"].check()).preemptions > 0
