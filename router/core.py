@@ -199,9 +199,11 @@ class RouterCore:
     def _take_tokens(self, name: str, tokens: Iterable[TokenOut], now: float) -> None:
         """The hot path: one dictionary look-up and a few appends a token."""
         tickets, news = self._tickets, self._effects.news
+        void: set[int] = set()
         for token in tokens:
             state = tickets.get(token.ticket)
             if state is None or state.attempt is None:
+                void.add(token.ticket)
                 continue
             gap = token.position - state.position
             if gap:
@@ -218,6 +220,8 @@ class RouterCore:
                 state.touched = True
                 news.append(state)
                 self._bound(state)
+        # A Cancel may have come to a decode worker before the handover that it was to stop.
+        self._effects.sends += [(name, Cancel(ticket)) for ticket in sorted(void)]
 
     def _begun(self, state: RequestState, attempt: Attempt, name: str, now: float) -> None:
         """The first token of an attempt is here."""

@@ -21,6 +21,7 @@ from baton.common.errors import (
 )
 from baton.common.hashing import BlockHasher, cluster_key
 from baton.common.messages import (
+    Cancel,
     Failed,
     Finished,
     HandedOver,
@@ -498,6 +499,16 @@ def test_cancel_after_the_handover_tells_the_decode_worker_only(pair: Driver) ->
     assert cancels(pair.take()) == [("d", submit.ticket)]
 
 
+def test_a_worker_that_works_on_a_void_ticket_is_told_again(pair: Driver) -> None:
+    state = pair.submit()
+    _, submit = pair.submitted()
+    pair.core.cancel(state, pair.now)
+    pair.drain()
+    pair.take()
+    pair.tokens("d", submit.ticket, 3, 66, 67)
+    assert pair.take() == [("d", Cancel(submit.ticket))]
+
+
 def test_cancel_of_a_waiting_request(pair: Driver) -> None:
     pair.lose("p")
     state = pair.submit()
@@ -511,7 +522,8 @@ def test_unread_tokens_are_bounded(pair: Driver, monkeypatch: pytest.MonkeyPatch
     assert request_module.MAX_BACKLOG > 4096
     state = pair.submit(max_tokens=100)
     _, submit = pair.submitted()
-    for i in range(7):
+    for i in range(6):
+        assert state.outcome is None
         pair.tokens("d", submit.ticket, 3 + i, i)
     assert isinstance(state.outcome, Overloaded)
     assert cancels(pair.take()) == [("d", submit.ticket)]
