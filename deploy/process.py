@@ -48,9 +48,11 @@ def main() -> int:
 def _run(envelope: Envelope) -> None:
     match envelope.kind:
         case "gateway":
+            import uvloop
+
             from ..gateway.main import run as run_gateway
 
-            asyncio.run(run_gateway(from_json(bytes(envelope.config), GatewayConfig)))
+            uvloop.run(run_gateway(from_json(bytes(envelope.config), GatewayConfig)))
         case "worker":
             from ..worker.main import run as run_worker
 
@@ -65,7 +67,7 @@ def _run(envelope: Envelope) -> None:
 
 
 def _read_line() -> bytes:
-    # Unbuffered, byte by byte at worst: the lifeline reads the same descriptor afterwards.
+    # Not through sys.stdin, whose buffer the lifeline, which reads the same descriptor afterwards, could hold at exit.
     line = b""
     while not line.endswith(b"\n"):
         data = os.read(0, 1 << 16)
