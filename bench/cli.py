@@ -73,7 +73,7 @@ def load(
 
 
 def _sweep(plan: Plan, save: str) -> None:
-    from . import report, sweep
+    from . import record, report, sweep
 
     console = Console()
     with Progress(
@@ -89,7 +89,7 @@ def _sweep(plan: Plan, save: str) -> None:
     if save:
         from .plot import draw_load
 
-        path = report.write(save, "load", [report.plain(summary) for summary, _ in runs], plan.parameters())
+        path = record.write(save, "load", [report.plain(summary) for summary, _ in runs], plan.parameters())
         draw_load(path.with_suffix(".png"), runs, plan.title)
         console.print(f"wrote results/{path.name} and its plot")
 
@@ -107,7 +107,7 @@ def compare(
 ) -> None:
     """Compare Baton colocated, Baton 1P1D and transformers in one run, with equal threads in total."""
     from . import compare as side_by_side
-    from . import report, verdict
+    from . import record, verdict
     from .machine import read_bandwidth, weight_bytes
     from .plot import draw_comparison
     from .sweep import fresh_seed
@@ -131,7 +131,7 @@ def compare(
         console.print(f"{'reached' if held else 'MISSED'}: {bar}")
     if save:
         parameters = {"threads": threads, "rounds": rounds, "input": input_len, "output": output_len, "seed": plan.seed}
-        path = report.write(save, "compare", verdict.document(results, bandwidth, weights), parameters)
+        path = record.write(save, "compare", verdict.document(results, bandwidth, weights), parameters)
         points = {
             name: {w: (m.tokens_per_s(w), statistics.median(m.pooled(w, "itl"))) for w in m.bursts}
             for name, m in results.items()
@@ -150,7 +150,7 @@ def gateway(
     save: Save = "",
 ) -> None:
     """Measure gateway and router by themselves, in front of a worker that emits tokens at once."""
-    from . import report
+    from . import record
     from .gateway import measure
     from .systems import model_folder
 
@@ -168,8 +168,41 @@ def gateway(
         f"p50 {latency.p50 * 1e3:.2f} ms, p90 {latency.p90 * 1e3:.2f} ms, p99 {latency.p99 * 1e3:.2f} ms"
     )
     if save:
-        path = report.write(save, "gateway", asdict(result), {"streams": streams, "tokens": tokens, "rounds": rounds})
+        path = record.write(save, "gateway", asdict(result), {"streams": streams, "tokens": tokens, "rounds": rounds})
         console.print(f"wrote results/{path.name}")
+
+
+@app.command(epilog="Example: baton bench simulate --prefill 1 --decode 2 --rate 3 --requests 1000")
+def simulate(
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=0, help="Decode workers.")] = 1,
+    colocated: Annotated[int, typer.Option(min=0, help="Workers that do both.")] = 0,
+    rate: Annotated[float, typer.Option(min=1e-6, help="Poisson arrivals a second.")] = 1.0,
+    trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths of a trace instead.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests; of a trace: the first so many.")] = 1000,
+    input_len: Annotated[int, typer.Option("--input", min=1, help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option("--output", min=1, help="Tokens of each answer.")] = 128,
+    shrink: Annotated[int, typer.Option(min=1, help="Trace: divide all lengths by this.")] = 1,
+    num_blocks: Annotated[int, typer.Option(min=1, help="KV blocks of each worker.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+) -> None:
+    """Run the real router and engine loops in virtual time, under a constant cost model."""
+    from . import report, workload
+    from .simulate import Shape
+    from .simulate import simulate as run
+    from .trace import fit, read_trace
+
+    words, shape = workload.Words(), Shape(prefill=prefill, decode=decode, colocated=colocated, num_blocks=num_blocks)
+    if trace is not None:
+        longest = min(shape.max_model_len, num_blocks * shape.block_size)
+        rows = fit(read_trace(trace, seed), shrink=shrink, max_len=longest, limit=requests)
+        jobs = workload.trace_jobs(rows, seed=seed, words=words)
+    else:
+        jobs = workload.poisson(
+            workload.random_jobs(requests, input_len, output_len, seed=seed, words=words), rate, seed
+        )
+    title = f"{prefill} prefill, {decode} decode, {colocated} colocated, in virtual time"
+    Console().print(report.table([report.summarise("simulated", run(jobs, shape).run)], title))
 
 
 @app.command(epilog="Example: baton bench memory --threads 2 --model models/demo")

@@ -152,7 +152,7 @@ async def rig(model: Path) -> AsyncIterator[Rig]:
         model=str(model), model_name=NAME, port=free_port(), controller=address, cluster_token=TOKEN,
         max_model_len=1 << 16,
     )  # fmt: skip
-    gateway = await LocalLauncher().start(Spec("gateway", config))
+    gateway = await LocalLauncher(_print).start(Spec("gateway", config))
     http = HttpClient(f"http://127.0.0.1:{config.port}")
     try:
         await wait_ready(http, START_TIMEOUT_S)
@@ -166,6 +166,11 @@ async def rig(model: Path) -> AsyncIterator[Rig]:
             gateway.kill()
             await standin.stop()
             await server.stop(grace=None)
+
+
+def _print(name: str, line: str) -> None:
+    """What the gateway logs: it names itself in each line."""
+    print(line, file=sys.stderr)
 
 
 async def _timed(pid: int, work: Awaitable[Any]) -> tuple[Any, float, float]:

@@ -1,12 +1,10 @@
-"""From samples to numbers: quantiles, rates, goodput. JSON keeps seconds; tables show milliseconds."""
+"""From samples to numbers: quantiles, rates, goodput. Seconds everywhere; tables show milliseconds."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,6 @@ from rich.table import Table
 
 from .client import Sample
 from .load import Run
-from .machine import provenance
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,25 +125,5 @@ def _ms(q: Quantiles) -> str:
     return " / ".join("–" if np.isnan(v) else f"{v * 1e3:.4g}" for v in (q.p50, q.p90, q.p99))
 
 
-def write(name: str, kind: str, results: Any, parameters: dict[str, Any]) -> Path:
-    """Write results/NAME.json: what was measured, on which machine, at which commit, by which command, when."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    document = {"kind": kind, **provenance(), "parameters": parameters, "results": results}
-    path.write_text(json.dumps(_finite(document), indent=1) + "\n")
-    return path
-
-
 def plain(summary: Summary) -> dict[str, Any]:
     return asdict(summary)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what was not measured becomes null. Floats keep six digits."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -9,7 +9,7 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
-from baton.bench import report
+from baton.bench import record
 from baton.bench.cli import app
 from tests.bench.fake_server import fake_server
 
@@ -47,7 +47,7 @@ def test_every_command_has_help_with_an_example():
 
 
 def test_a_sweep_is_measured_and_written(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     arguments = ["load", url, "--concurrency", "1,2", "--requests", "4", "--output", "3", "--input", "16",
                  "--slo-ttft", "1000", "--slo-tpot", "1000", "--save", "sweep"]  # fmt: skip
     result = runner.invoke(app, arguments)
@@ -61,7 +61,7 @@ def test_a_sweep_is_measured_and_written(url, tmp_path, monkeypatch):
 
 
 def test_a_trace_is_replayed(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     trace = tmp_path / "t.csv"
     trace.write_text("timestamp_s,client_id,input_length,output_length\n" + "0.0,1,40,6\n0.1,1,80,4\n0.2,1,9000,4\n")
     arguments = ["load", url, "--trace", str(trace), "--speed", "10", "--max-len", "1000", "--save", "replay"]

@@ -8,7 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
-from baton.bench import machine, plot, report
+from baton.bench import machine, plot, record, report
 from baton.bench.client import Sample
 from baton.bench.load import Run
 from baton.bench.report import Quantiles, Slo, summarise
@@ -51,10 +51,10 @@ def test_a_run_without_any_success_can_still_be_shown():
 
 
 def test_the_result_file_names_machine_and_commit_but_no_path_or_host(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["/opt/x/bin/baton", "bench", "load", "http://box.example:81/v1", "/data/t.csv"])
     s = summarise("x", Run([sample(0.1, 0.02)], wall_s=1.0))
-    path = report.write("demo", "load", [report.plain(s)], {"seed": 1})
+    path = record.write("demo", "load", [report.plain(s)], {"seed": 1})
     text = path.read_text()
     document = json.loads(text)
     assert document["command"] == "baton bench load http://HOST:81 t.csv"
@@ -64,8 +64,8 @@ def test_the_result_file_names_machine_and_commit_but_no_path_or_host(tmp_path, 
 
 
 def test_what_was_not_measured_is_null(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    path = report.write("demo", "load", [report.plain(summarise("x", Run([], wall_s=1.0)))], {})
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    path = record.write("demo", "load", [report.plain(summarise("x", Run([], wall_s=1.0)))], {})
     assert json.loads(path.read_text())["results"][0]["itl"]["p99"] is None
 
 
