@@ -88,14 +88,12 @@ class Generation:
             await self._begun[prompt].wait()
         stream = choice.stream = self._router.submit(self._request(choice))
         last = self.job.received
-        observe = self._metrics.ttft.observe
         while choice.finish_reason is None:
             batch = await stream.next()
-            count = len(batch.tokens)
-            if count:
+            if batch.tokens:
                 now = time.perf_counter()
-                observe(now - last, count - 1)
-                last, observe = now, self._metrics.itl.observe
+                self._metrics.arrived(now - last, len(batch.tokens), first=choice.completion_tokens == 0)
+                last = now
             shown = choice.feed(batch)
             if choice.finish_reason is not None and batch.finish is None:
                 await _stop(choice, stream)

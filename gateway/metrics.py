@@ -29,11 +29,9 @@ class Histogram:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, seconds: float, also_at_once: int = 0) -> None:
-        """One value, and `also_at_once` more that came together with it: at 0 seconds."""
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._counts[0] += also_at_once
-        self._sum += seconds
+    def observe(self, seconds: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, seconds)] += times
+        self._sum += seconds * times
 
     def family(self) -> HistogramMetricFamily:
         names = [*(str(bound) for bound in self._bounds), "+Inf"]
@@ -56,6 +54,12 @@ class Metrics:
         self.requests = Counter("baton_requests", "HTTP requests for text.", ["outcome"], registry=self.registry)
         self.registry.register(_Histograms((self.ttft, self.itl, self.e2e, self.queue_wait)))
         self.registry.register(extra)
+
+    def arrived(self, waited_s: float, tokens: int, *, first: bool) -> None:
+        """Tokens of one stream that came together, `waited_s` after those before them."""
+        (self.ttft if first else self.itl).observe(waited_s)
+        if tokens > 1:
+            self.itl.observe(0.0, tokens - 1)
 
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(name, help, registry=self.registry)

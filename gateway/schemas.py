@@ -51,7 +51,8 @@ _OFF: dict[str, tuple[object, ...]] = {
 }
 """Parameters of OpenAI's API that are not supported, with the values that ask for nothing."""
 
-_TAGS = frozenset(("text", "texts", "tokens", "token_lists", "parts"))
+_TAG_MARK = "~"
+"""Begins the tags of unions, which pydantic puts into an error's path and clients have no use for."""
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
@@ -66,15 +67,15 @@ def _as_list(value: object) -> object:
 def _prompt_kind(value: object) -> str | None:
     """Which of the four forms of a prompt is meant: the first item decides."""
     if isinstance(value, str):
-        return "text"
-    kinds: dict[type, str] = {str: "texts", int: "tokens", list: "token_lists"}
+        return "~text"
+    kinds: dict[type, str] = {str: "~texts", int: "~tokens", list: "~token_lists"}
     return kinds.get(type(value[0])) if isinstance(value, list) and value else None
 
 
 def _content_kind(value: object) -> str | None:
     if isinstance(value, str):
-        return "text"
-    return "parts" if isinstance(value, list) else None
+        return "~text"
+    return "~parts" if isinstance(value, list) else None
 
 
 class StrictBody(BaseModel):
@@ -105,7 +106,7 @@ class SamplingBody(StrictBody):
     model: str
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     min_p: float | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(None, description="Random if not given.")
     presence_penalty: float | None = None
@@ -135,7 +136,7 @@ class Message(StrictBody):
     role: Literal["system", "developer", "user", "assistant"]
     content: (
         Annotated[
-            Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
+            Annotated[str, Tag("~text")] | Annotated[list[TextPart], Tag("~parts")],
             Discriminator(
                 _content_kind,
                 custom_error_type="content",
@@ -176,10 +177,10 @@ class ChatBody(SamplingBody):
 
 class CompletionBody(SamplingBody):
     prompt: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[list[str], Field(fail_fast=True), Tag("texts")]
-        | Annotated[TokenIds, Tag("tokens")]
-        | Annotated[list[TokenIds], Field(fail_fast=True), Tag("token_lists")],
+        Annotated[str, Tag("~text")]
+        | Annotated[list[str], Field(fail_fast=True), Tag("~texts")]
+        | Annotated[TokenIds, Tag("~tokens")]
+        | Annotated[list[TokenIds], Field(fail_fast=True), Tag("~token_lists")],
         Discriminator(
             _prompt_kind,
             custom_error_type="prompt",
@@ -224,7 +225,7 @@ def parse(kind: type[Body], data: bytes) -> Body:
         body = kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
+        param = ".".join(part for part in map(str, first["loc"]) if not part.startswith(_TAG_MARK))
         raise InvalidRequest(f"{param}: {first['msg']}" if param else first["msg"], param=param or None) from None
     body.refuse_unsupported()
     return body

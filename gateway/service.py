@@ -136,7 +136,8 @@ class Service:
         room = context - len(tokens)
         if room < (limit or 1):
             wanted = f"{len(tokens)} prompt tokens" + (f" and {limit} output tokens" if limit else "")
-            raise PromptTooLong(f"the context has {context} tokens, and the request needs {wanted}", param=param)
+            wrong = param if room < 1 else "max_tokens"
+            raise PromptTooLong(f"{wrong}: the context has {context} tokens, and this needs {wanted}", param=wrong)
         return sampling(body, limit or room, alternatives, self.model.vocab_size)
 
     def _context(self) -> int:

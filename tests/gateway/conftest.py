@@ -117,7 +117,7 @@ class FakeStream:
     def emit(self, *tokens: int) -> None:
         for token in tokens:
             if self._outcome is not None or self.sent >= self.request.params.max_tokens:
-                return
+                break
             position = self.request.prompt_len + self.sent
             wanted = self.request.params.logprobs
             top = tuple((other, -1.0 - other) for other in range(wanted or 0))
