@@ -1,0 +1,113 @@
+"""The judge of greedy output: Hugging Face transformers, in float32, on the same weights as the server.
+
+Teacher forcing makes the comparison exact and cheap. One forward pass over prompt and output gives, at every position,
+what the reference would choose after the same prefix; by induction the output is the reference's greedy output if and
+only if each of its tokens is that choice. A token that differs is forgiven only where the reference itself cannot
+tell the two apart: their logits differ by less than `CLOSE`. What follows it is judged on its own prefix all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.prompts import Prompt
+
+CLOSE = 1e-4
+"""Logits nearer than this are equal, as far as float32 in another order of summation can tell."""
+FORGIVEN = 0.01
+"""Share of all positions that may differ, all of them close."""
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Positions of an output at which it differs from the reference: `wrong` ones, and `close` ones."""
+
+    wrong: Tokens = ()
+    close: Tokens = ()
+
+
+@dataclass(slots=True)
+class Judge:
+    """Holds the reference model. Verdicts are kept, so an output that comes again costs nothing."""
+
+    model: Any
+    tokenizer: Any
+    verdicts: dict[tuple[Tokens, Tokens], Verdict] = field(default_factory=dict)
+    judged: int = 0
+    """Outputs that `check` was asked about, and below, their tokens and the differences that it forgave."""
+    tokens: int = 0
+    forgiven: int = 0
+
+    @classmethod
+    def load(cls, folder: Path) -> Judge:
+        """From a checkpoint folder."""
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return cls(model, AutoTokenizer.from_pretrained(folder))
+
+    def encode(self, prompt: Prompt) -> Tokens:
+        """The prompt's tokens by the reference's own tokenizer and chat template."""
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer(prompt)["input_ids"])
+        return tuple(self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Their text, without special tokens, as clients see it."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def generate(self, prompt: Tokens, count: int) -> Tokens:
+        """What transformers' own greedy `generate` says, whatever it thinks of the end of a text."""
+        tokens = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = self.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=False,
+                max_new_tokens=count,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return tuple(out[0, len(prompt) :].tolist())
+
+    def verdict(self, prompt: Tokens, output: Tokens) -> Verdict:
+        """Where `output` is not what the reference continues `prompt` with."""
+        key = (prompt, output)
+        if key not in self.verdicts:
+            self.verdicts[key] = self._judge(prompt, output)
+        return self.verdicts[key]
+
+    def check(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> None:
+        """Fail unless every (prompt, output) is the reference's, but for a few positions that are close."""
+        verdicts = [self.verdict(prompt, output) for prompt, output in pairs]
+        for (prompt, output), verdict in zip(pairs, verdicts, strict=True):
+            assert not verdict.wrong, (
+                f"differs from the reference at {verdict.wrong} after the prompt {self.decode(prompt)[:80]!r} of "
+                f"{len(prompt)} tokens: {output}"
+            )
+        tokens = sum(len(output) for _, output in pairs)
+        forgiven = sum(len(verdict.close) for verdict in verdicts)
+        self.judged += len(pairs)
+        self.tokens += tokens
+        self.forgiven += forgiven
+        assert forgiven <= FORGIVEN * tokens, f"{forgiven} of {tokens} tokens differ, all at close logits"
+
+    def _judge(self, prompt: Tokens, output: Tokens) -> Verdict:
+        with torch.inference_mode():
+            tokens = torch.tensor([prompt + output])
+            logits = self.model(tokens, logits_to_keep=len(output) + 1).logits[0, :-1]  # [output, vocabulary]
+        best = logits.max(dim=-1).values
+        behind = best - logits.gather(1, torch.tensor([output]).T)[:, 0]
+        chosen = logits.argmax(dim=-1) == torch.tensor(output)
+        close = ~chosen & (behind < CLOSE)
+        return Verdict(_where(~chosen & ~close), _where(close))
+
+
+def _where(mask: torch.Tensor) -> Tokens:
+    return tuple(mask.nonzero()[:, 0].tolist())
