@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +148,8 @@ def _serve(config: ServeConfig) -> None:
     folder = models.prepare(source, lambda job: asyncio.run(_convert(job, display)))
     name = config.model_name or source.name
     gateway = replace(gateway_config(config, folder, name), port=endpoint.port)
-    asyncio.run(Controller(worker_configs(config, folder, name), gateway, launcher, display).run())
+    token = os.environ.get("BATON_CLUSTER_TOKEN", "")  # for operators who talk to the workers themselves
+    asyncio.run(Controller(worker_configs(config, folder, name), gateway, launcher, display, token=token).run())
 
 
 def _log_files(log_dir: str) -> LogFiles:

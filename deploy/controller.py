@@ -90,7 +90,8 @@ def has_chat_template(model: Path) -> bool:
 
 
 class Controller:
-    """One cluster on this machine. `run` is its whole life."""
+    """One cluster on this machine. `run` is its whole life. `token` is the secret that its processes share; empty: a
+    random one."""
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class Controller:
         display: Display,
         policy: RestartPolicy | None = None,
         clock: Clock | None = None,
+        token: str = "",
     ) -> None:
         self._workers = workers
         self._gateway = gateway
@@ -108,7 +110,7 @@ class Controller:
         self._policy = policy or RestartPolicy()
         self._clock = clock or RealClock()
         self._endpoint = Endpoint(gateway.host, gateway.port)
-        self._token = secrets.token_urlsafe(32)
+        self._token = token or secrets.token_urlsafe(32)
         self._supervisors: dict[str, Supervisor] = {}
         self._roles = {worker.name: str(worker.role) for worker in workers}
         self._stop = asyncio.Event()
