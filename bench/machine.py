@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from ..common.errors import InvalidRequest
+
 
 def provenance() -> dict[str, Any]:
     """Machine, commit, command and date of the process that calls."""
@@ -88,8 +90,8 @@ def read_bandwidth(threads: int, megabytes: int = 512, rounds: int = 5) -> float
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's tensors: what one decode step reads. Raises `FileNotFoundError` where there are none."""
+    """Bytes of a checkpoint's tensors: what one decode step reads. Raises `InvalidRequest` where there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no safetensors in {folder}")
+        raise InvalidRequest(f"no safetensors in {folder}")
     return sum(file.stat().st_size for file in files)

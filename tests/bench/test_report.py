@@ -12,6 +12,7 @@ from baton.bench import machine, plot, record, report
 from baton.bench.client import Sample
 from baton.bench.load import Run
 from baton.bench.report import Quantiles, Slo, summarise
+from baton.common.errors import InvalidRequest
 
 
 def sample(ttft: float, gap: float, tokens: int = 3, error: str = "") -> Sample:
@@ -81,5 +82,5 @@ def test_bandwidth_and_weights(tmp_path):
     assert machine.read_bandwidth(1, megabytes=8, rounds=1) > 1e7
     (tmp_path / "a.safetensors").write_bytes(b"x" * 100)
     assert machine.weight_bytes(tmp_path) == 100
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InvalidRequest):
         machine.weight_bytes(tmp_path / "none")
