@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..common.messages import TokenOut
 from ..common.types import FinishReason, SamplingParams, Timeline, Usage
-from .ports import Batch, Finish, RequestStream
+from ..router.request import Batch, Finish
+from .ports import RequestStream
 from .stops import StopMatcher
 from .tokenizer import Detokenizer
 

@@ -32,6 +32,7 @@ class Envelope:
     model: str
     spell: Callable[[int], bytes]
     include_usage: bool = False
+    token_ids: bool = False
 
 
 class Format(Protocol):
@@ -121,6 +122,7 @@ class EventWriter:
     def __init__(self, form: Format, envelope: Envelope, index: int) -> None:
         self._form = form
         self._spell = envelope.spell
+        self._token_ids = envelope.token_ids
         self._offset = 0
         before, self._after_text = form.text_field()
         self._start = _event_start(form, envelope)
@@ -138,13 +140,15 @@ class EventWriter:
         head, tail = self._head, self._tail
         return b"".join([head + encode(text) + tail for _, text in shown])
 
-    def tokens_with_logprobs(self, shown: Shown) -> bytes:
+    def detailed_tokens(self, shown: Shown, *, with_logprobs: bool) -> bytes:
+        """One event a token, with what was asked for beside the text."""
         events = []
         for out, text in shown:
-            logprobs = encode(self._form.logprobs([(out, self._offset)], self._spell))
+            logprobs = encode(self._form.logprobs([(out, self._offset)], self._spell)) if with_logprobs else b"null"
+            ids = b',"token_ids":[%d]' % out.token if self._token_ids else b""
             self._offset += len(text)
             events.append(
-                self._head + encode(text) + self._after_text + b',"logprobs":' + logprobs
+                self._head + encode(text) + self._after_text + ids + b',"logprobs":' + logprobs
                 + b',"finish_reason":null}' + self._end
             )  # fmt: skip
         return b"".join(events)
@@ -188,6 +192,7 @@ def whole_body(
             {
                 "index": choice.index,
                 **form.message("".join(text for _, text in parts) + choice.end),
+                **({"token_ids": [out.token for out, _ in parts]} if envelope.token_ids else {}),
                 "logprobs": form.logprobs(entries, envelope.spell) if with_logprobs else None,
                 "finish_reason": choice.finish_reason,
             }

@@ -1,32 +1,12 @@
-"""What the gateway needs of the router, as it sees it; `router/service.py` fits without knowing of this file."""
+"""The router as the gateway needs it; `router/service.py` fits, and so does a stand-in in a test."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from ..common.messages import TokenOut
-from ..common.types import FinishReason, Request, Timeline, Usage
-
-
-class Finish(Protocol):
-    """The last word on a request that ended well."""
-
-    @property
-    def reason(self) -> FinishReason: ...
-    @property
-    def usage(self) -> Usage: ...
-    @property
-    def timeline(self) -> Timeline: ...
-
-
-class Batch(Protocol):
-    """What has arrived since the last call."""
-
-    @property
-    def tokens(self) -> Sequence[TokenOut]: ...
-    @property
-    def finish(self) -> Finish | None: ...
+from ..common.types import Request
+from ..router.request import Batch
+from ..router.stats import Limits
 
 
 class RequestStream(Protocol):
@@ -46,13 +26,6 @@ class RequestStream(Protocol):
         ...
 
 
-class Limits(Protocol):
-    """What the workers can take."""
-
-    @property
-    def max_model_len(self) -> int: ...
-
-
 class Router(Protocol):
     def submit(self, request: Request) -> RequestStream:
         """Raises a `BatonError` for what cannot be served."""
@@ -63,5 +36,5 @@ class Router(Protocol):
         ...
 
     def limits(self) -> Limits | None:
-        """None while no worker is known."""
+        """What the workers can take; None while no worker is known."""
         ...

@@ -70,10 +70,14 @@ class EventSink:
         self._starting = asyncio.Lock()
         self.started = False
         self._with_logprobs = generation.choices[0].params.logprobs is not None
+        self._detailed = self._with_logprobs or envelope.token_ids
 
     async def show(self, choice: Choice, shown: Shown) -> None:
         writer = self._writers[choice.index]
-        body = writer.tokens_with_logprobs(shown) if self._with_logprobs else writer.tokens(shown)
+        if self._detailed:
+            body = writer.detailed_tokens(shown, with_logprobs=self._with_logprobs)
+        else:
+            body = writer.tokens(shown)
         if choice.finish_reason is not None:
             body += writer.finish(choice)
         if choice.index not in self._opened:

@@ -121,6 +121,9 @@ class SamplingBody(StrictBody):
     )
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    return_token_ids: bool | None = Field(
+        None, description="Give each choice's tokens as `token_ids` as well: they are exact where text is not."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -163,6 +163,7 @@ class Service:
             model=self.model.name,
             spell=self.model.tokenizer.token_bytes,
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            token_ids=bool(body.return_token_ids),
         )
         generation = Generation(job, self._router, self.model.tokenizer, self.model.eos_ids, self.metrics)
         backlog = self.config.max_stream_backlog
