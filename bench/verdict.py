@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from .compare import COLOCATED, HALF, LONG_PROMPT, PAIR, TRANSFORMERS, Measured
@@ -100,28 +102,23 @@ def bars(results: Mapping[str, Measured]) -> dict[str, bool]:
     return held
 
 
-def table(results: Mapping[str, Measured], limit_tokens_per_s: float) -> Table:
-    """Rows by width, then TTFT of long prompts."""
-    grid = Table(
-        title="output tokens/s end to end, and latencies in ms",
-        caption=f"memory bandwidth allows at most {limit_tokens_per_s:.1f} tokens/s at concurrency 1",
-    )
-    for name in ("concurrency", "system", "tok/s", "× transformers", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99"):
+def table(results: Mapping[str, Measured], limit_tokens_per_s: float) -> Group:
+    """For people: the systems at each width, then the TTFT of long prompts."""
+    grid = Table(caption=f"memory bandwidth allows at most {limit_tokens_per_s:.1f} tokens/s at 1; latencies in ms")
+    for name in ("at", "system", "tokens/s", "× trf", "TTFT p50", "p99", "ITL p50", "p99"):
         grid.add_column(name, justify="left" if name == "system" else "right")
     last = None
     for row in rows(results):
         if last not in (None, row.concurrency):
             grid.add_section()
         last = row.concurrency
-        times = (row.ttft.p50, row.ttft.p99, row.itl.p50, row.itl.p99)
-        ratio = "–" if row.ratio != row.ratio else f"{row.ratio:.2f}"
-        grid.add_row(
-            str(row.concurrency), row.system, f"{row.tokens_per_s:.1f}", ratio, *(f"{t * 1e3:.0f}" for t in times)
-        )
-    grid.add_section()
+        milliseconds = (f"{t * 1e3:.0f}" for t in (row.ttft.p50, row.ttft.p99, row.itl.p50, row.itl.p99))
+        ratio = "–" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
+        grid.add_row(str(row.concurrency), row.system, f"{row.tokens_per_s:.1f}", ratio, *milliseconds)
+    long = Table("system", f"TTFT of {LONG_PROMPT} tokens")
     for name, seconds in long_ttft(results).items():
-        grid.add_row("1", f"{name}, {LONG_PROMPT}-token prompt", "", "", f"{seconds * 1e3:.0f}", "", "", "")
-    return grid
+        long.add_row(name, f"{seconds * 1e3:.0f}")
+    return Group(grid, long)
 
 
 def document(results: Mapping[str, Measured], bandwidth: float, weights: int) -> dict[str, Any]:
