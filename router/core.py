@@ -22,12 +22,9 @@ from ..common.config import RouterConfig
 from ..common.errors import (
     BatonError,
     DeadlineExceeded,
-    EngineFailure,
     HandoverFailed,
     NotReady,
     Overloaded,
-    PoisonRequest,
-    PoolFull,
     WorkerLost,
     from_code,
 )
@@ -37,19 +34,15 @@ from .choose import Choice
 from .fleet import Attempt, Worker
 from .placement import Placement
 from .request import MAX_BACKLOG, RequestState, Waiting
+from .retry import RETRY_AFTER_S, blamed, note, verdict
 from .stats import Limits, Snapshot, Stats
 
-EXCLUSION_S = 1.0
-"""For how long a worker that failed a request is not asked again for it."""
-FIRST_BACKOFF_S = 0.05
-"""For how long a worker that refuses a request is not asked again for it; doubles with each refusal."""
-MAX_BACKOFF_S = 1.0
 LOOK_AGAIN_S = 0.25
 """How often a request that finds no room looks again, beside the moments at which room appears."""
 PLACED_AT_ONCE = 16
 """Waiting requests that one report may place: bounds the work of one report."""
-RETRY_AFTER_S = 1.0
-"""What a client that is turned away is told to wait."""
+OVERSLEPT_S = 1.0
+"""A tick that comes this much after the last one says that this process slept, not that the workers were silent."""
 
 
 @dataclass(slots=True)
@@ -74,6 +67,7 @@ class RouterCore:
         self._tickets: dict[int, RequestState] = {}
         self._waiting: dict[RequestState, Waiting] = {}  # in the order in which they began to wait
         self._draining: frozenset[str] = frozenset()
+        self._last_tick = float("-inf")
         self._effects = Effects()
 
     # --- the consumer's side ---
@@ -161,7 +155,10 @@ class RouterCore:
 
     def tick(self, now: float) -> None:
         """Enforce leases, deadlines and waiting times. Call some 20 times a second."""
+        overslept, self._last_tick = now - self._last_tick > OVERSLEPT_S, now
         for worker in list(self._fleet.workers.values()):
+            if overslept:
+                worker.heard = now
             if (silent := now - worker.heard) > self.config.lease_s:
                 self.worker_lost(worker.name, f"silent for {silent:.1f} s", now)
                 self._effects.disconnects.append(worker.name)
@@ -209,7 +206,7 @@ class RouterCore:
             if gap:
                 if gap > 0:
                     error = HandoverFailed(f"a token at {token.position} where {state.position} was next")
-                    self._again(state, error, blamed=name, told=name, now=now)
+                    self._again(state, error, name, told=name, now=now)
                 continue
             if not state.attempt.begun:
                 self._begun(state, state.attempt, name, now)
@@ -267,39 +264,27 @@ class RouterCore:
             return  # the decode worker has it: what becomes of the prefill worker's side does not matter
         error = from_code(failed.code, f"worker {name}: {failed.message}", RETRY_AFTER_S)
         if error.retryable:
-            # Who reports is alive. Unless its own engine failed, a pair's trouble lies with the other one.
-            other = attempt.decode if name == attempt.prefill and not isinstance(error, EngineFailure) else None
-            self._again(state, error, blamed=other or name, told=name, now=now)
+            self._again(state, error, blamed(attempt, name, error), told=name, now=now)
         else:
             self._abandon(state, told=name)
             self._fail(state, error)
 
     def _move_away(self, worker: Worker, error: BatonError, now: float) -> None:
         for ticket in sorted(worker.tickets):
-            self._again(self._tickets[ticket], error, blamed=worker.name, told="", now=now)
+            self._again(self._tickets[ticket], error, worker.name, told="", now=now)
 
-    def _again(self, state: RequestState, error: BatonError, blamed: str, told: str, now: float) -> None:
+    def _again(self, state: RequestState, error: BatonError, culprit: str, told: str, now: float) -> None:
         """This attempt is over; make another, if that makes sense. `told`: the worker that knows that it is over."""
         self._abandon(state, told)
         self.stats.retries[error.code] += 1
-        state.last_error = error
-        state.losses += isinstance(error, WorkerLost | EngineFailure)
+        note(state, error, culprit, now)
         if state.complete:
             self._finish(state, FinishReason.LENGTH)
-        elif state.losses >= self.config.max_losses:
-            self._fail(state, PoisonRequest(f"given up after {state.losses} lost workers; the last: {error}"))
-        elif state.attempts >= self.config.max_attempts:
-            self._fail(state, _final(error, f"given up after {state.attempts} attempts; the last: {error}"))
+        elif final := verdict(state, error, self.config):
+            self._fail(state, final)
         else:
-            state.excluded[blamed] = now + self._exclusion(state, error)
             self._wait(state, now)
             self._place(state, now)
-
-    def _exclusion(self, state: RequestState, error: BatonError) -> float:
-        if not isinstance(error, PoolFull):
-            return EXCLUSION_S
-        state.refusals += 1
-        return min(FIRST_BACKOFF_S * 2.0 ** (state.refusals - 1), MAX_BACKOFF_S)
 
     # --- placing ---
 
@@ -387,10 +372,3 @@ def _started(state: RequestState, cached_tokens: int, now: float) -> None:
     if state.prefill_start is None:
         state.prefill_start = now
         state.cached_tokens = cached_tokens
-
-
-def _final(error: BatonError, message: str) -> BatonError:
-    """What the client hears when attempts run out: a full fleet is the client's to wait for, the rest is ours."""
-    if isinstance(error, PoolFull):
-        return Overloaded(message, retry_after_s=RETRY_AFTER_S)
-    return from_code(error.code, message, RETRY_AFTER_S)

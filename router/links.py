@@ -95,6 +95,8 @@ class Link:
         return self._task.done()
 
     async def close(self) -> None:
+        """End the session and do not open another."""
+        self._forsaken = True
         self._task.cancel()
         await asyncio.wait({self._task})
 
@@ -110,7 +112,12 @@ class Link:
                 was_up, self.connected = self.connected, False
                 why = _why(self._session)
                 if was_up:
-                    log.warning("session with worker %s ended: %s", self.ref.name, why)
+                    log.log(
+                        logging.INFO if self._forsaken else logging.WARNING,
+                        "worker %s: session over: %s",
+                        self.ref.name,
+                        why,
+                    )
                     self._listener.worker_lost(self.ref.name, why)
             pause = MIN_RETRY_S if was_up else min(2 * pause, MAX_RETRY_S)
             await asyncio.sleep(pause)

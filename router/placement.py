@@ -11,6 +11,7 @@ from .choose import Choice, Demand, choose
 from .fleet import Fleet, Worker, has_pair
 from .index import PrefixIndex
 from .request import RequestState
+from .retry import RETRY_AFTER_S
 from .stats import Limits, WorkerSnapshot
 
 
@@ -57,7 +58,7 @@ class Placement:
         ever could."""
         self.look(now)
         if self.limits is None or now - self._last_ready > self._place_timeout_s:
-            raise NotReady("no pair of workers is ready", retry_after_s=1.0)
+            raise NotReady("no pair of workers is ready", retry_after_s=RETRY_AFTER_S)
         if len(request.tokens) + 1 > self.limits.max_model_len:
             raise PromptTooLong(
                 f"the prompt has {len(request.tokens)} tokens, and prompt and output together may have "

@@ -63,7 +63,6 @@ class RequestState:
     losses: int = 0
     excluded: dict[str, float] = field(default_factory=dict)
     waited_s: float = 0.0
-    last_error: BatonError | None = None
     cached_tokens: int | None = None
     ceiling: int = 0
     """Longest sequence that the last pair of workers could hold; 0 before the first."""

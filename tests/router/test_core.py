@@ -243,13 +243,22 @@ def test_a_silent_worker_is_lost_after_its_lease() -> None:
     driver = Driver(lease_s=2.0)
     driver.up("a")
     state = driver.submit()
-    driver.now += 1.9
-    driver.tick()
+    driver.wait(1.9, silent=True)
     assert driver.disconnected == []
-    driver.now += 0.2
-    driver.tick()
+    driver.wait(0.2, silent=True)
     assert driver.disconnected == ["a"]
     assert state.attempt is None and state.losses == 1 and driver.core.snapshot().waiting == 1
+
+
+def test_a_router_that_slept_itself_does_not_take_its_workers_for_silent() -> None:
+    driver = Driver(lease_s=2.0)
+    driver.up("a")
+    driver.now += 60
+    driver.tick()
+    driver.wait(1.9, silent=True)
+    assert driver.core.stats.losses == 0
+    driver.wait(0.2, silent=True)
+    assert driver.core.stats.losses == 1
 
 
 def test_a_hung_loop_loses_its_requests_and_takes_none_until_it_moves() -> None:

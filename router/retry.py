@@ -1,0 +1,46 @@
+"""What a failed attempt means for its request: who is to blame, how long to keep away from him, and when to give up."""
+
+from __future__ import annotations
+
+from ..common.config import RouterConfig
+from ..common.errors import BatonError, EngineFailure, Overloaded, PoisonRequest, PoolFull, WorkerLost, from_code
+from .fleet import Attempt
+from .request import RequestState
+
+RETRY_AFTER_S = 1.0
+"""What a client that is turned away is told to wait."""
+EXCLUSION_S = 1.0
+"""For how long a worker that failed a request is not asked again for it."""
+FIRST_BACKOFF_S = 0.05
+"""For how long a worker that refuses a request is not asked again for it; doubles with each refusal."""
+MAX_BACKOFF_S = 1.0
+
+
+def blamed(attempt: Attempt, reporter: str, error: BatonError) -> str:
+    """Which worker to keep away from. Who reports is alive: unless its own engine failed, a pair's trouble lies with
+    the other one."""
+    if reporter == attempt.prefill and attempt.decode is not None and not isinstance(error, EngineFailure):
+        return attempt.decode
+    return reporter
+
+
+def note(state: RequestState, error: BatonError, worker: str, now: float) -> None:
+    """Enter a failure in the request's own books: its count, and the worker to keep away from for a while."""
+    pause = EXCLUSION_S
+    if isinstance(error, PoolFull):
+        pause = min(FIRST_BACKOFF_S * 2.0**state.refusals, MAX_BACKOFF_S)
+        state.refusals += 1
+    state.losses += isinstance(error, WorkerLost | EngineFailure)
+    state.excluded[worker] = now + pause
+
+
+def verdict(state: RequestState, error: BatonError, config: RouterConfig) -> BatonError | None:
+    """With what the request ends after its last `error`; None if it is tried again."""
+    if state.losses >= config.max_losses:
+        return PoisonRequest(f"given up after {state.losses} lost workers; the last: {error}")
+    if state.attempts < config.max_attempts:
+        return None
+    message = f"given up after {state.attempts} attempts; the last: {error}"
+    if isinstance(error, PoolFull):  # a full fleet is the client's to wait for, anything else is ours
+        return Overloaded(message, retry_after_s=RETRY_AFTER_S)
+    return from_code(error.code, message, RETRY_AFTER_S)
