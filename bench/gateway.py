@@ -169,8 +169,9 @@ async def rig(model: Path) -> AsyncIterator[Rig]:
 
 
 def _print(name: str, line: str) -> None:
-    """What the gateway logs: it names itself in each line."""
-    print(line, file=sys.stderr)
+    """What the gateway logs, but for its line a request."""
+    if " info " not in line:
+        print(line, file=sys.stderr)
 
 
 async def _timed(pid: int, work: Awaitable[Any]) -> tuple[Any, float, float]:
