@@ -6,9 +6,11 @@ call with that error, and the caller's `read` raises the same. grpc is untyped; 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc as _grpc
@@ -81,7 +83,7 @@ _SERVER_OPTIONS = (
 
 
 class Stream(Protocol[In_co, Out_contra]):
-    """One end of a bidirectional stream. At most one `read` and one `write` at a time."""
+    """One end of a bidirectional stream. At most one `read` at a time; writes wait for each other."""
 
     async def read(self) -> In_co | None:
         """The next message; None once the other end has ended the stream well. Raises `InvalidRequest` where the
@@ -100,17 +102,18 @@ class _Served(Generic[In, Out]):
     context: Any
     incoming: Codec[In]
     outgoing: Codec[Out]
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def read(self) -> In | None:
-        data = await self.context.read()
+        with _translated():
+            data = await self.context.read()
         return None if data is grpc.aio.EOF else self.incoming.decode(data)
 
     async def write(self, message: Out) -> None:
         data = self.outgoing.encode(message)
-        try:
-            await self.context.write(data)
-        except grpc.aio.UsageError as error:
-            raise WorkerLost(f"the stream is over: {error}") from error
+        async with self.writing:
+            with _translated():
+                await self.context.write(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,24 +123,20 @@ class CalledStream(Generic[In, Out]):
     call: Any
     incoming: Codec[In]
     outgoing: Codec[Out]
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def read(self) -> In | None:
         """See `Stream.read`."""
-        try:
+        with _translated():
             data = await self.call.read()
-        except grpc.RpcError as error:
-            raise _typed(error) from error
         return None if data is grpc.aio.EOF else self.incoming.decode(data)
 
     async def write(self, message: Out) -> None:
         """See `Stream.write`."""
         data = self.outgoing.encode(message)
-        try:
-            await self.call.write(data)
-        except grpc.RpcError as error:
-            raise _typed(error) from error
-        except grpc.aio.UsageError as error:
-            raise WorkerLost(f"the stream is over: {error}") from error
+        async with self.writing:
+            with _translated():
+                await self.call.write(data)
 
     async def done_writing(self) -> None:
         """Tell the other end that no more comes; what it still says can be read."""
@@ -164,6 +163,23 @@ def _typed(error: Any) -> BatonError:
             return DeadlineExceeded(details)
         case code:
             return WorkerLost(f"{code.name.lower()}: {details}")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Around an operation of grpc: what it raises becomes ours."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _typed(error) from error
+    except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as error:
+        raise WorkerLost(f"the stream is over: {error}") from error
+    except asyncio.CancelledError as error:
+        # grpc raises it as well where the call, and not this task, was cancelled.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise WorkerLost("the call was cancelled") from error
 
 
 async def _abort(context: Any, error: BatonError) -> None:
@@ -316,10 +332,12 @@ class Peer:
         """Controller → gateway: the membership, now and at each change. Raises as `Stream.read` does."""
         call = self._channel.unary_stream(WATCH)(EMPTY.encode(None), metadata=self._metadata)
         try:
-            while (data := await call.read()) is not grpc.aio.EOF:
+            while True:
+                with _translated():
+                    data = await call.read()
+                if data is grpc.aio.EOF:
+                    return
                 yield MEMBERS.decode(data)
-        except grpc.RpcError as error:
-            raise _typed(error) from error
         finally:
             call.cancel()
 
@@ -333,8 +351,6 @@ class Peer:
 
     async def _call(self, path: str, value: In, sent: Codec[In], got: Codec[Out], timeout_s: float) -> Out:
         call = self._channel.unary_unary(path)
-        try:
+        with _translated():
             data = await call(sent.encode(value), metadata=self._metadata, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise _typed(error) from error
         return got.decode(data)

@@ -168,3 +168,51 @@ async def test_nobody_there_is_a_lost_worker() -> None:
     with pytest.raises(WorkerLost):
         await peer.session().write(Ping())
     await peer.close()
+
+
+@pytest.mark.parametrize("end", ["cancel", "close", "stop"])
+async def test_a_stream_that_is_over_says_so_on_both_calls(end: str) -> None:
+    worker = EchoWorker()
+    server = rpc.make_server(TOKEN, rpc.worker_handlers(worker))
+    peer = Peer(rpc.listen(server, "127.0.0.1", 0), TOKEN)
+    await server.start()
+    stream = peer.session()
+    await stream.write(Hello("r", 1, 7))
+    await stream.write(Ping())
+    await stream.read()
+    waiting = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    match end:
+        case "cancel":
+            stream.cancel()
+        case "close":
+            await peer.close()
+        case "stop":
+            await server.stop(0)
+    with pytest.raises(WorkerLost):
+        await waiting
+    for _ in range(2):
+        with pytest.raises(WorkerLost):
+            await stream.write(Ping())
+        with pytest.raises(WorkerLost):
+            await stream.read()
+    await asyncio.wait_for(worker.ended.wait(), 5)
+    await peer.close()
+    await server.stop(0)
+
+
+async def test_writes_at_the_same_time_wait_for_each_other() -> None:
+    async with served(rpc.worker_handlers(EchoWorker())) as peer:
+        stream = peer.session()
+        await stream.write(Hello("r", 1, 7))
+        await asyncio.gather(*(stream.write(Ping()) for _ in range(20)))
+        assert [await stream.read() for _ in range(20)] == [StepReport()] * 20
+
+
+async def test_a_reader_that_is_cancelled_is_cancelled() -> None:
+    async with served(rpc.worker_handlers(EchoWorker())) as peer:
+        stream = peer.session()
+        await stream.write(Hello("r", 1, 7))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await stream.read()
