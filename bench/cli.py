@@ -157,16 +157,14 @@ def gateway(
     console = Console()
     with console.status("") as status:
         result = uvloop.run(measure(model_folder(model), streams, tokens, rounds, status.update))
-    latency = result.added_latency
-    for what, rate, core in (
-        (f"streamed tokens/s at {streams} streams", result.tokens_per_s, result.tokens_per_s_per_core),
-        ("small requests/s", result.requests_per_s, result.requests_per_s_per_core),
-    ):
-        console.print(f"{what}: {rate:.0f} ({core:.0f} per core)")
-    console.print(
-        f"added latency at {result.paced_tokens_per_s:.0f} tokens/s: "
-        f"p50 {latency.p50 * 1e3:.2f} ms, p90 {latency.p90 * 1e3:.2f} ms, p99 {latency.p99 * 1e3:.2f} ms"
-    )
+    named = {f"streamed tokens/s at {streams} streams": result.tokens, "small requests/s": result.requests}
+    for what, rate in named.items():
+        console.print(f"{what}: {rate.per_s:.0f} ({rate.per_core:.0f} per core)")
+    for paced in result.paced:
+        times = ", ".join(f"{name} {getattr(paced.added, name) * 1e3:.2f} ms" for name in ("p50", "p90", "p99"))
+        console.print(
+            f"added latency at {paced.tokens.per_s:.0f} tokens/s: {times} ({paced.tokens.per_core:.0f} per core)"
+        )
     if save:
         path = record.write(save, "gateway", asdict(result), {"streams": streams, "tokens": tokens, "rounds": rounds})
         console.print(f"wrote results/{path.name}")

@@ -8,13 +8,15 @@ client. Gateway, stand-in and client are three processes on one machine and shar
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -33,23 +35,40 @@ from .workload import Words
 
 TOKEN = "bench"
 WARM_UP_STREAMS = 8
+REQUESTS_A_STREAM = 32
+SMALL_REQUESTS_FROM = 10_000_000
+"""Numbers of small requests begin here, those of streams at 0: no two share a prompt."""
+PACE = 10_000.0
+"""Tokens/s at which latency is measured, beside half the highest rate: half of what a core has to reach at least."""
 START_TIMEOUT_S = 60.0
 
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """Tokens (or requests) a second, and for each second of the gateway's processor time, all its threads together."""
+
+    per_s: float
+    per_core: float
+
+
+@dataclass(frozen=True, slots=True)
+class Paced:
+    """The stand-in at a fixed pace. `added`: seconds from a token's leaving it to its event's arrival."""
+
+    tokens: Rate
+    added: Quantiles
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayResult:
-    """`per_core`: tokens (or requests) for each second of the gateway's processor time, all its threads together."""
+    """The best of all rounds for the rates, all rounds together for the latencies."""
 
     streams: int
-    tokens_per_s: float
-    tokens_per_s_per_core: float
-    requests_per_s: float
-    requests_per_s_per_core: float
-    paced_tokens_per_s: float
-    added_latency: Quantiles
-    """Seconds from a token's leaving the stand-in to its event's arrival, at `paced_tokens_per_s`."""
+    tokens: Rate
+    requests: Rate
+    paced: list[Paced]
 
 
 class StandinProcess:
@@ -174,46 +193,53 @@ def _print(name: str, line: str) -> None:
         print(line, file=sys.stderr)
 
 
-async def _timed(pid: int, work: Awaitable[Any]) -> tuple[Any, float, float]:
-    """Result, wall seconds and the process's processor seconds of some work."""
+async def _rate(pid: int, count: int, work: Awaitable[Any]) -> tuple[Any, Rate]:
+    """Result of some work that makes the gateway do `count` things, and how fast it did."""
     cpu, begin = cpu_seconds(pid), time.monotonic()
     result = await work
-    return result, time.monotonic() - begin, cpu_seconds(pid) - cpu
+    wall = time.monotonic() - begin
+    return result, Rate(count / wall, count / max(cpu_seconds(pid) - cpu, 1e-2))
 
 
 async def measure(model: Path, streams: int, tokens: int, rounds: int, note: Note) -> GatewayResult:
-    """The whole benchmark: the best of `rounds` for the rates, all rounds together for the latency."""
+    """The whole benchmark."""
     async with rig(model) as bench:
-        await bench.streams(WARM_UP_STREAMS, tokens, first=0)
-        number = WARM_UP_STREAMS
-        wall_rate = core_rate = 0.0
+        numbers = itertools.count(step=streams)
+        await bench.streams(min(streams, WARM_UP_STREAMS), tokens, first=next(numbers))
+        rates = []
         for turn in range(rounds):
             note(f"streams at full speed, {turn + 1} of {rounds}")
-            _, wall, cpu = await _timed(bench.gateway_pid, bench.streams(streams, tokens, number))
-            number += streams
-            wall_rate, core_rate = max(wall_rate, streams * tokens / wall), max(core_rate, streams * tokens / cpu)
+            work = bench.streams(streams, tokens, next(numbers))
+            rates.append((await _rate(bench.gateway_pid, streams * tokens, work))[1])
+        best = max(rates, key=lambda rate: rate.per_s)
 
         note("small requests")
-        count = 32 * streams
-        _, wall, cpu = await _timed(bench.gateway_pid, _many_requests(bench, count, streams, number))
-        number += count
-        requests, requests_core = count / wall, count / cpu
+        many = REQUESTS_A_STREAM * streams
+        _, requests = await _rate(bench.gateway_pid, many, _many_requests(bench, many, streams))
 
-        delays: list[float] = []
-        pace = wall_rate / 2
-        await bench.standin.tell({"step_s": streams / pace})
-        await bench.standin.tell({"stamps": True})
-        for turn in range(rounds):
-            note(f"streams at half speed, {turn + 1} of {rounds}")
-            got = await bench.streams(streams, tokens, number)
-            number += streams
-            left = (await bench.standin.tell({"stamps": True}))["stamps"]
-            delays += [there - here for key, times in got for here, there in zip(left[key], times, strict=True)]
-    return GatewayResult(streams, wall_rate, core_rate, requests, requests_core, pace, Quantiles.of(delays))
+        paced = []
+        for pace in (PACE, best.per_s / 2):
+            note(f"streams at {pace:.0f} tokens/s")
+            paced.append(await _paced(bench, streams, tokens, [next(numbers) for _ in range(rounds)], pace))
+    return GatewayResult(streams, best, requests, paced)
 
 
-async def _many_requests(bench: Rig, count: int, width: int, first: int) -> None:
-    numbers = iter(range(first, first + count))
+async def _paced(bench: Rig, streams: int, tokens: int, firsts: Sequence[int], pace: float) -> Paced:
+    """A round for each of `firsts`, at `pace` tokens/s over all streams."""
+    await bench.standin.tell({"step_s": streams / pace})
+    await bench.standin.tell({"stamps": True})
+    delays: list[float] = []
+    rates = []
+    for first in firsts:
+        got, rate = await _rate(bench.gateway_pid, streams * tokens, bench.streams(streams, tokens, first))
+        rates.append(rate)
+        left = (await bench.standin.tell({"stamps": True}))["stamps"]
+        delays += [there - here for key, times in got for here, there in zip(left[key], times, strict=True)]
+    return Paced(Rate(fmean(r.per_s for r in rates), fmean(r.per_core for r in rates)), Quantiles.of(delays))
+
+
+async def _many_requests(bench: Rig, count: int, width: int) -> None:
+    numbers = iter(range(SMALL_REQUESTS_FROM, SMALL_REQUESTS_FROM + count))
 
     async def lane() -> None:
         for number in numbers:
