@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from baton.gateway.app import build
 from baton.gateway.metrics import Metrics
 from baton.gateway.model import Model
 from baton.gateway.service import Service
+from baton.router.request import Batch, Finish
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>' + '\n' }}"
@@ -68,19 +70,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {"bos_token": "<|bos|>", "eos_token": {"content": "<|end|>"}, "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
-
-
-@dataclass
-class Finish:
-    reason: FinishReason
-    usage: Usage
-    timeline: Timeline
-
-
-@dataclass
-class Batch:
-    tokens: list[TokenOut]
-    finish: Finish | None = None
 
 
 class FakeStream:
@@ -242,11 +231,14 @@ def client_of(gateway: Gateway, **options: object) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://gateway", **options)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def served(gateway: Gateway) -> Iterator[str]:
-    """The gateway on a real socket, in a thread of its own; its address."""
+@contextmanager
+def serve(gateway: Gateway) -> Iterator[str]:
+    """The gateway on a real socket, its loop in a thread of its own; its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(gateway.app, lifespan="off", log_level="error", loop="uvloop"))
+    config = uvicorn.Config(
+        gateway.app, lifespan="off", log_level="critical", loop="uvloop", timeout_graceful_shutdown=2
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -254,3 +246,9 @@ def served(gateway: Gateway) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+@pytest.fixture
+def served(gateway: Gateway) -> Iterator[str]:
+    with serve(gateway) as address:
+        yield address
