@@ -34,7 +34,7 @@ from .choose import Choice
 from .fleet import Attempt, Worker
 from .placement import Placement
 from .request import MAX_BACKLOG, RequestState, Waiting
-from .retry import RETRY_AFTER_S, blamed, note, verdict
+from .retry import RETRY_AFTER_S, blamed, exonerate, note, suspect, verdict
 from .stats import Limits, Snapshot, Stats
 
 LOOK_AGAIN_S = 0.25
@@ -216,6 +216,7 @@ class RouterCore:
             if not state.touched:
                 state.touched = True
                 news.append(state)
+                exonerate(state, state.attempt)
                 self._bound(state)
         # A Cancel may have come to a decode worker before the handover that it was to stop.
         self._effects.sends += [(name, Cancel(ticket)) for ticket in sorted(void)]
@@ -250,7 +251,7 @@ class RouterCore:
         worker.stalled = stalled
         # Room may have appeared. The first that finds none ends the search: those behind it wait as well.
         for state in list(islice(self._waiting, PLACED_AT_ONCE)):
-            if not self._place(state, now):
+            if not self._place(state, now) and not suspect(state, self.config):
                 break
 
     # --- failures ---
@@ -294,7 +295,8 @@ class RouterCore:
     def _place(self, state: RequestState, now: float) -> bool:
         """Send a waiting request to the best pair. False: nobody has room, and it waits on, or its time is up."""
         waiting = self._waiting[state]
-        if choice := self._placement.pick(state, now):
+        avoid = self._suspected() if suspect(state, self.config) else set()
+        if choice := self._placement.pick(state, now, avoid):
             del self._waiting[state]
             state.waited_s += now - waiting.since
             self._send_out(state, choice, now)
@@ -306,6 +308,11 @@ class RouterCore:
             self._fail(state, (Overloaded if full else NotReady)(why, retry_after_s=RETRY_AFTER_S))
         return False
 
+    def _suspected(self) -> set[str]:
+        """Workers that hold a suspect."""
+        attempts = [s.attempt for s in self._tickets.values() if s.attempt and suspect(s, self.config)]
+        return {name for a in attempts for name in ((a.prefill, a.decoder) if a.source else (a.decoder,))}
+
     def _send_out(self, state: RequestState, choice: Choice, now: float) -> None:
         source, target = choice.prefill.info, choice.decode.info if choice.decode else None
         decoder = choice.decode or choice.prefill
@@ -314,6 +321,7 @@ class RouterCore:
             prefill=source.ref.name,
             decode=target.ref.name if target else None,
             tokens=choice.uncached,
+            begins=len(state.output),
             blocks=-(-state.position // decoder.info.block_size),
         )
         self._next_ticket += 1

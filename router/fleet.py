@@ -13,7 +13,7 @@ class Attempt:
     """One try of one request on a pair of workers, and what it is charged with there.
 
     `tokens` (of prefill) and `blocks` (of the decode worker) are charged until the first token is here: `begun`.
-    `source` is False once the prefill worker is out of it.
+    `begins`: output tokens that the request had before. `source` is False once the prefill worker is out of it.
     """
 
     ticket: int
@@ -21,6 +21,7 @@ class Attempt:
     decode: str | None
     tokens: int = 0
     blocks: int = 0
+    begins: int = 0
     begun: bool = False
     source: bool = True
 

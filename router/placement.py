@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from ..common.config import RouterConfig
 from ..common.errors import NotReady, PromptTooLong
 from ..common.hashing import BlockHasher, cluster_key
@@ -66,10 +68,10 @@ class Placement:
                 param="prompt",
             )
 
-    def pick(self, state: RequestState, now: float) -> Choice | None:
-        """The best pair for the request as it is now; None where nobody has room."""
+    def pick(self, state: RequestState, now: float, avoid: Set[str] = frozenset()) -> Choice | None:
+        """The best pair for the request as it is now, without the workers `avoid`; None where nobody has room."""
         state.excluded = {name: until for name, until in state.excluded.items() if until > now}
-        workers = [w for w in self.fleet.usable() if w.name not in state.excluded]
+        workers = [w for w in self.fleet.usable() if w.name not in state.excluded and w.name not in avoid]
         if not workers:
             return None
         cached: dict[str, int] = {}

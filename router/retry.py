@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..common.config import RouterConfig
-from ..common.errors import BatonError, EngineFailure, Overloaded, PoisonRequest, PoolFull, WorkerLost, from_code
+from ..common.errors import BatonError, EngineFailure, PoisonRequest, PoolFull, WorkerLost, from_code
 from .fleet import Attempt
 from .request import RequestState
 
@@ -14,6 +14,8 @@ EXCLUSION_S = 1.0
 FIRST_BACKOFF_S = 0.05
 """For how long a worker that refuses a request is not asked again for it; doubles with each refusal."""
 MAX_BACKOFF_S = 1.0
+EXONERATED_AFTER = 16
+"""Output tokens of one attempt after which earlier losses are not held against a request any more."""
 
 
 def blamed(attempt: Attempt, reporter: str, error: BatonError) -> str:
@@ -34,13 +36,22 @@ def note(state: RequestState, error: BatonError, worker: str, now: float) -> Non
     state.excluded[worker] = now + pause
 
 
+def suspect(state: RequestState, config: RouterConfig) -> bool:
+    """One loss more and the request is given up. It may be the killer, or a neighbour of his each time; so suspects
+    are kept apart from one another (at most one on a worker) until it shows."""
+    return 0 < config.max_losses - 1 <= state.losses
+
+
+def exonerate(state: RequestState, attempt: Attempt) -> None:
+    """A suspect that has got on for a while by itself was the neighbour."""
+    if state.losses and len(state.output) - attempt.begins >= EXONERATED_AFTER:
+        state.losses = 0
+
+
 def verdict(state: RequestState, error: BatonError, config: RouterConfig) -> BatonError | None:
     """With what the request ends after its last `error`; None if it is tried again."""
     if state.losses >= config.max_losses:
         return PoisonRequest(f"given up after {state.losses} lost workers; the last: {error}")
-    if state.attempts < config.max_attempts:
+    if state.attempts - state.refusals < config.max_attempts:  # for refusals the time to be placed is the bound
         return None
-    message = f"given up after {state.attempts} attempts; the last: {error}"
-    if isinstance(error, PoolFull):  # a full fleet is the client's to wait for, anything else is ours
-        return Overloaded(message, retry_after_s=RETRY_AFTER_S)
-    return from_code(error.code, message, RETRY_AFTER_S)
+    return from_code(error.code, f"given up after {state.attempts} attempts; the last: {error}", RETRY_AFTER_S)

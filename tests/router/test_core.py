@@ -335,7 +335,7 @@ def test_a_refused_request_goes_to_another_pair_at_once(two_pairs: Driver) -> No
     assert second.decode.name != first.decode.name  # type: ignore[attr-defined]
 
 
-def test_attempts_are_bounded_and_back_off_grows(pair: Driver) -> None:
+def test_refusals_are_bounded_by_time_and_back_off_grows(pair: Driver) -> None:
     state = pair.submit()
     times = []
     while state.outcome is None:
@@ -344,7 +344,7 @@ def test_attempts_are_bounded_and_back_off_grows(pair: Driver) -> None:
             times.append(pair.now)
             pair.report("p", failed=(Failed(submit.ticket, PoolFull.code, "full"),))  # type: ignore[attr-defined]
     assert isinstance(state.outcome, Overloaded) and state.outcome.retry_after_s
-    assert len(times) == 12
+    assert 29.0 < times[-1] - times[0] < 31.5
     gaps = [after - before for before, after in itertools.pairwise(times)]
     assert gaps[-1] > 0.9 and gaps[0] < 0.2
     pair.assert_empty()

@@ -181,6 +181,15 @@ async def test_a_request_that_kills_workers_is_given_up(house: House) -> None:
             async with asyncio.timeout(TIMEOUT_S):
                 await answer(router, request("bad", [1, deadly, 2], 10))
         await check(router, range(8), 10)
+        # Neighbours die with it again and again, and still live to the end.
+        async with asyncio.timeout(TIMEOUT_S):
+            bad, *good = await asyncio.gather(
+                answer(router, request("worse", [3, deadly], 10)),
+                *(answer(router, request(str(s), prompt(s), 40)) for s in range(10, 22)),
+                return_exceptions=True,
+            )
+        assert isinstance(bad, PoisonRequest)
+        assert good == [oracle(prompt(s), 40) for s in range(10, 22)]
     finally:
         nursing.cancel()
         await router.close()
