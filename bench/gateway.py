@@ -161,17 +161,19 @@ async def rig(model: Path) -> AsyncIterator[Rig]:
     """Start controller table, stand-in and the real gateway process on `model`'s tokenizer; end them afterwards."""
     words = Words.from_tokenizer(str(model))
     vocab_size = int(msgspec.json.decode((model / "config.json").read_bytes())["vocab_size"])
-    table = MemberTable()
-    server = make_server(TOKEN, controller_handlers(table))
-    address = listen(server, "127.0.0.1", 0)
-    await server.start()
     standin, status = await StandinProcess.start(words, vocab_size)
-    table.put(status)
+    port = free_port()
     config = GatewayConfig(
-        model=str(model), model_name=NAME, port=free_port(), controller=address, cluster_token=TOKEN,
+        model=str(model), model_name=NAME, port=free_port(), controller=f"127.0.0.1:{port}", cluster_token=TOKEN,
         max_model_len=1 << 16,
     )  # fmt: skip
     gateway = await LocalLauncher(_print).start(Spec("gateway", config))
+    # After its children are started: gRPC's threads do not like a fork.
+    table = MemberTable()
+    table.put(status)
+    server = make_server(TOKEN, controller_handlers(table))
+    listen(server, "127.0.0.1", port)
+    await server.start()
     http = HttpClient(f"http://127.0.0.1:{config.port}")
     try:
         await wait_ready(http, START_TIMEOUT_S)
