@@ -53,6 +53,7 @@ async def run(config: GatewayConfig) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=1,
         )
     )

@@ -20,9 +20,19 @@ from baton.common.messages import Members, WorkerStatus
 from baton.common.types import Role
 from baton.gateway.main import run
 from baton.protos.rpc import controller_handlers, listen, make_server
-from tests.fake_worker import FakeWorker, fleet
+from tests.fake_worker import VOCAB, FakeWorker, fleet
 
 TOKEN = "cluster"
+
+
+@pytest.fixture
+def wide_dir(model_dir: Path, tmp_path: Path) -> Path:
+    """The tiny model with the vocabulary that the stand-in workers draw from."""
+    for path in model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": VOCAB}))
+    return tmp_path
 
 
 class FakeController:
@@ -83,11 +93,11 @@ def pair(**options: float) -> tuple[FakeWorker, FakeWorker]:
     )
 
 
-async def test_a_request_all_the_way(model_dir: Path) -> None:
+async def test_a_request_all_the_way(wide_dir: Path) -> None:
     workers = pair()
-    async with fleet(*workers), running(model_dir, *workers) as client:
+    async with fleet(*workers), running(wide_dir, *workers) as client:
         await until_ready(client)
-        body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 20, "ignore_eos": True}
+        body = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 20, "ignore_eos": True}
         whole = await client.post("/v1/completions", json=body)
         assert whole.status_code == 200
         assert whole.json()["usage"]["completion_tokens"] == 20
@@ -96,13 +106,15 @@ async def test_a_request_all_the_way(model_dir: Path) -> None:
         assert "handover_done" in stages and "last_token" in stages
         streamed = await client.post("/v1/completions", json={**body, "stream": True})
         events = [json.loads(line[6:]) for line in streamed.text.split("\n\n") if line.startswith("data: {")]
-        assert "".join(event["choices"][0]["text"] for event in events) == whole.json()["choices"][0]["text"]
+        text = whole.json()["choices"][0]["text"]
+        assert text
+        assert "".join(event["choices"][0]["text"] for event in events) == text
         assert len(events) == 21
 
 
-async def test_metrics_of_workers_and_router(model_dir: Path) -> None:
+async def test_metrics_of_workers_and_router(wide_dir: Path) -> None:
     workers = pair()
-    async with fleet(*workers), running(model_dir, *workers) as client:
+    async with fleet(*workers), running(wide_dir, *workers) as client:
         await until_ready(client)
         await client.post("/v1/completions", json={"model": "tiny", "prompt": [5] * 40, "max_tokens": 2})
         lines = dict(
@@ -134,9 +146,9 @@ async def test_without_workers_it_is_alive_and_not_ready(model_dir: Path) -> Non
         assert "retry-after" in refused.headers
 
 
-async def test_sigterm_lets_streams_finish_and_takes_nothing_new(model_dir: Path) -> None:
+async def test_sigterm_lets_streams_finish_and_takes_nothing_new(wide_dir: Path) -> None:
     workers = pair(step_s=0.01)
-    async with fleet(*workers), running(model_dir, *workers) as client:
+    async with fleet(*workers), running(wide_dir, *workers) as client:
         await until_ready(client)
         body = {"model": "tiny", "prompt": [5], "max_tokens": 60, "ignore_eos": True, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -152,9 +164,9 @@ async def test_sigterm_lets_streams_finish_and_takes_nothing_new(model_dir: Path
     assert not workers[1].running
 
 
-async def test_streams_that_outlast_the_drain_end_with_an_error(model_dir: Path) -> None:
+async def test_streams_that_outlast_the_drain_end_with_an_error(wide_dir: Path) -> None:
     workers = pair(step_s=0.02)
-    async with fleet(*workers), running(model_dir, *workers, drain_s=0.1) as client:
+    async with fleet(*workers), running(wide_dir, *workers, drain_s=0.1) as client:
         await until_ready(client)
         body = {"model": "tiny", "prompt": [5], "max_tokens": 3000, "ignore_eos": True, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
