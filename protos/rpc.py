@@ -249,8 +249,11 @@ def controller_handlers(service: ControllerService) -> Handlers:
     """Report and Watch of the controller."""
 
     async def watch(_: bytes, context: Any) -> None:
-        async for members in service.watch():
-            await context.write(MEMBERS.encode(members))
+        try:
+            async for members in service.watch():
+                await context.write(MEMBERS.encode(members))
+        except BatonError as error:
+            await _abort(context, error)
 
     return {
         REPORT: _call_handler(service.report, STATUS_REPORT, EMPTY),

@@ -223,37 +223,35 @@ async def test_pairs_with_different_fingerprints_are_not_ready() -> None:
         await router.close()
 
 
-async def test_membership_goes_on_while_the_controller_is_away() -> None:
-    """The controller forgets all workers when it restarts; sessions that stand are kept."""
+async def test_a_controller_that_forgets_costs_no_session() -> None:
+    """The stream of memberships breaks; the next one begins with a table that knows no worker yet."""
     worker = FakeWorker("a")
-    tables = [Members(5, (worker.status,))]
+    broken, calls = asyncio.Event(), 0
 
     class Controller:
         async def report(self, status: WorkerStatus) -> None:
             raise BatonError("not in this test")
 
         async def watch(self) -> AsyncIterator[Members]:
-            for members in tables:
-                yield members
-            await asyncio.sleep(60)
-
-    async def controller(port: int) -> tuple[object, str]:
-        server = rpc.make_server("", rpc.controller_handlers(Controller()))
-        address = rpc.listen(server, "127.0.0.1", port)
-        await server.start()
-        return server, address
+            nonlocal calls
+            calls += 1
+            yield Members(5, (worker.status,)) if calls == 1 else Members(0)
+            await broken.wait()
+            if calls == 1:
+                raise BatonError("restarting")
 
     async with fleet(worker):
-        tables[0] = Members(5, (worker.status,))
-        first, address = await controller(0)
+        server = rpc.make_server("", rpc.controller_handlers(Controller()))
+        address = rpc.listen(server, "127.0.0.1", 0)
+        await server.start()
         router = Router("router", FAST, "")
         await router.start(watch_members(address, ""))
         await until(lambda: router.ready()[0] == "ready")
-        await first.stop(0)  # type: ignore[attr-defined]
-        tables[0] = Members(0)
-        second, _ = await controller(int(address.rpartition(":")[2]))
+        broken.set()
         await until(lambda: router._members == Members(0))
         tokens, _ = await collect(router.submit(req := request()))
         assert tokens == expected(req)
+        await worker.kill()
+        await until(lambda: router._links["a"].over)
         await router.close()
-        await second.stop(0)  # type: ignore[attr-defined]
+        await server.stop(0)
