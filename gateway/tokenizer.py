@@ -22,6 +22,8 @@ from ..common.errors import InvalidRequest, PromptTooLong
 
 _INLINE_CHARS = 2048
 """Shorter texts are tokenised on the event loop, where they take less than half a millisecond."""
+_MAX_HELD = 8
+"""Tokens that may wait for the rest of a character; more than any character has bytes, so these are no character."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -70,7 +72,7 @@ class WindowDetokenizer:
             return ""
         self._window.append(token)
         text = self._difference()
-        if text.endswith("�"):
+        if text.endswith("�") and len(self._window) - self._given < _MAX_HELD:
             return ""
         self._window = self._window[self._given :]
         self._given = len(self._window)

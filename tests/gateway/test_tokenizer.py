@@ -98,6 +98,14 @@ def test_a_character_that_stays_incomplete_becomes_the_replacement_character() -
         assert stream(tokenizer.detokenizer(), [first]) == "�"
 
 
+def test_bytes_that_never_become_a_character_are_not_held_for_ever() -> None:
+    stray = 2 + 0x80
+    detokenizer = SENTENCEPIECE.detokenizer()
+    given = [detokenizer.push(stray) for _ in range(100)]
+    assert set("".join(given)) == {"�"}
+    assert len(detokenizer._window) < 20  # type: ignore[attr-defined]
+
+
 def test_decode_is_the_inverse_of_encode_with_special_tokens() -> None:
     text = "<|start|>user\nHello 東京<|end|>"
     assert BYTE_LEVEL.decode(BYTE_LEVEL._encode(text, False)) == text
