@@ -74,7 +74,7 @@ def curl_line(endpoint: Endpoint, gateway: GatewayConfig) -> str:
         path, prompt = "chat/completions", {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
     else:
         path, prompt = "completions", {"prompt": "The capital of France is"}
-    body = json.dumps({"model": gateway.model_name, **prompt, "max_tokens": 32})
+    body = json.dumps({"model": gateway.model_name, **prompt, "max_tokens": 32, "temperature": 0})
     body = body.replace("'", "'\\''")
     key = ' -H "Authorization: Bearer $BATON_API_KEY"' if gateway.api_keys else ""
     return f"curl {endpoint.url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{body}'"

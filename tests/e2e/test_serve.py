@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from baton.deploy import models
 from tests.e2e.conftest import Start
 from tests.e2e.serving import Serve, eventually, gone
 
@@ -22,7 +26,7 @@ QUESTION = {
     "max_tokens": 16,
     "temperature": 0,
 }
-LONG = {"model": "demo", "prompt": "Count: one, two, three,", "max_tokens": 200, "temperature": 0, "stream": True}
+STREAM = {"model": "demo", "prompt": "Count: one, two, three,", "temperature": 0, "stream": True, "ignore_eos": True}
 
 
 def ask(serve: Serve) -> str:
@@ -63,12 +67,12 @@ def test_worker_ports_are_on_loopback_only(demo: Serve) -> None:
     for process in [*demo.children().values(), psutil.Process(demo.process.pid)]:
         listening = [c.laddr.ip for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
         assert listening
-        assert set(listening) <= {"127.0.0.1", "::1"}
+        assert all(ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in listening)
 
 
 def test_sigterm_finishes_what_has_begun_and_leaves_nothing(start: Start) -> None:
     serve = start("--colocated", "1").wait_ready()
-    with httpx.stream("POST", f"{serve.url}/v1/completions", json=LONG, timeout=60) as reply:
+    with httpx.stream("POST", f"{serve.url}/v1/completions", json=STREAM | {"max_tokens": 24}, timeout=60) as reply:
         lines = reply.iter_lines()
         assert next(lines).startswith("data: ")
         serve.signal(signal.SIGTERM)
@@ -78,7 +82,7 @@ def test_sigterm_finishes_what_has_begun_and_leaves_nothing(start: Start) -> Non
 
 def test_a_second_ctrl_c_does_not_wait(start: Start) -> None:
     serve = start("--colocated", "1").wait_ready()
-    with httpx.stream("POST", f"{serve.url}/v1/completions", json=LONG | {"ignore_eos": True}, timeout=60) as reply:
+    with httpx.stream("POST", f"{serve.url}/v1/completions", json=STREAM | {"max_tokens": 2000}, timeout=60) as reply:
         assert next(reply.iter_lines()).startswith("data: ")
         began = time.monotonic()
         serve.signal(signal.SIGINT)
@@ -112,14 +116,18 @@ def test_a_worker_that_dies_is_back_soon(start: Start) -> None:
     assert serve.stop() == 0
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"architectures": ["Perceptron"]}')
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason(
+    demo: Serve, start: Start, tmp_path: Path
+) -> None:
+    gguf = models.find("demo").gguf
+    assert gguf is not None
+    shutil.copytree(models.cached_folder(gguf), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["Perceptron"]}))
     serve = start(str(tmp_path / "model"))
     assert serve.wait(120) == 1
-    assert "cannot be kept running" in serve.output.splitlines()[-1]
-    assert "Perceptron" in serve.output
+    assert "cannot be kept running (exit code 78)" in serve.output.splitlines()[-1]
+    assert "Perceptron" in serve.output.splitlines()[-1]
 
 
 def test_keys_come_from_the_environment_and_are_not_shown(start: Start) -> None:
