@@ -77,11 +77,11 @@ class Choice:
             else:
                 shown.append((out, text))
         if batch.finish is not None:
-            self._finish(batch.finish)
+            self._finish(batch.finish.reason)
         return shown
 
-    def _finish(self, finish: Finish) -> None:
-        self.finish_reason = finish.reason
+    def _finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
         rest = self._detokenizer.flush()
         if self._stops is not None:
             rest = self._stops.push(rest)
@@ -89,7 +89,6 @@ class Choice:
                 self.finish_reason = FinishReason.STOP
             rest += self._stops.flush()
         self.end = rest
-        self.account(finish)
 
     def account(self, finish: Finish) -> None:
         """Keep the router's account of the request. The output is counted here, as the client has it."""

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ..common.errors import BatonError
 from ..common.types import FinishReason, Request, SamplingParams, Timeline, Usage
+from ..router.request import Finish
 from .choice import Choice, Shown
 from .metrics import Metrics
 from .ports import RequestStream, Router
@@ -77,8 +78,8 @@ class Generation:
             async with asyncio.TaskGroup() as group:
                 for choice in self.choices:
                     group.create_task(self._follow(choice, sink))
-        except* BatonError as errors:
-            raise errors.exceptions[0] from None
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
         finally:
             self.cancel()
 
@@ -86,8 +87,8 @@ class Generation:
         prompt, number = divmod(choice.index, self.job.n)
         if number > 0:
             await self._begun[prompt].wait()
+        last = self.job.received if number == 0 else time.perf_counter()
         stream = choice.stream = self._router.submit(self._request(choice))
-        last = self.job.received
         while choice.finish_reason is None:
             batch = await stream.next()
             if batch.tokens:
@@ -95,8 +96,8 @@ class Generation:
                 self._metrics.arrived(now - last, len(batch.tokens), first=choice.completion_tokens == 0)
                 last = now
             shown = choice.feed(batch)
-            if choice.finish_reason is not None and batch.finish is None:
-                await _stop(choice, stream)
+            if choice.finish_reason is not None and (finish := batch.finish or await _stop(stream)):
+                choice.account(finish)
             await sink.show(choice, shown)
             self._begun[prompt].set()
 
@@ -160,14 +161,13 @@ class Generation:
         )
 
 
-async def _stop(choice: Choice, stream: RequestStream) -> None:
+async def _stop(stream: RequestStream) -> Finish | None:
     """The gateway itself ended the output, at a stop string: nothing that the worker still says matters, only the
     account of the request that the router closes with."""
     stream.cancel()
     with suppress(BatonError):
-        finish = (await stream.next()).finish
-        if finish is not None:
-            choice.account(finish)
+        return (await stream.next()).finish
+    return None
 
 
 def _seeded(job: Job) -> Iterator[tuple[Prompt, SamplingParams]]:

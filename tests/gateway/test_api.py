@@ -232,6 +232,13 @@ async def test_stop_strings_end_the_text_and_the_request(
     assert usage["prompt_tokens_details"]["cached_tokens"] > 0
 
 
+async def test_a_stop_string_in_the_last_batch_keeps_the_account(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    gateway.says("one two END")
+    body = (await http.post("/v1/completions", json={**PLAIN, "stop": "END"})).json()
+    assert body["choices"][0]["text"] == "one two "
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
 async def test_text_held_back_for_a_stop_string_is_given_at_the_end(gateway: Gateway, http: httpx.AsyncClient) -> None:
     gateway.says("ends with EN")
     body = (await http.post("/v1/completions", json={**PLAIN, "stop": "END"})).json()
@@ -343,6 +350,7 @@ async def test_one_failed_choice_fails_the_request_and_frees_the_others(
     gateway.router.script = script
     response = await http.post("/v1/completions", json={**PLAIN, "n": 4})
     assert response.status_code == 500
+    assert response.json()["error"]["code"] == "engine_failure"
     assert all(stream.cancelled for stream in gateway.router.streams if stream is not gateway.router.streams[2])
 
 

@@ -176,7 +176,7 @@ NAMES = st.sampled_from([name for name, _ in SAMPLING_ERRORS + CHAT_ERRORS + COM
 
 
 @given(path=st.sampled_from(list(GOOD)), changes=st.dictionaries(NAMES, JSON, max_size=2))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_anything_at_all_gets_a_clean_answer(
     gateway: Gateway, http: httpx.AsyncClient, path: str, changes: dict[str, Any]
 ) -> None:

@@ -35,8 +35,9 @@ def test_tokens_that_come_together_count_one_gap_and_the_rest_as_none() -> None:
 def test_every_number_of_the_fleet_is_there() -> None:
     load = Load(
         waiting=1, running=2, queued_prefill_tokens=3, total_blocks=4, free_blocks=5, cached_blocks=6,
-        reserved_blocks=7, steps=8, preemptions=9, prompt_tokens=10, cached_tokens=11, output_tokens=12, handovers=13, handover_bytes=14,
-        handover_seconds=15.5, handover_skipped_blocks=16, handover_aborts=(("lease", 17), ("checksum", 18)),
+        reserved_blocks=7, steps=8, preemptions=9, prompt_tokens=10, cached_tokens=11, output_tokens=12,
+        handovers=13, handover_bytes=14, handover_seconds=15.5, handover_skipped_blocks=16,
+        handover_aborts=(("lease", 17), ("checksum", 18)),
         loop_age_s=19.5,
     )  # fmt: skip
     worker = WorkerSnapshot("decode-0", Role.DECODE, "ready", 1, load, 0, 0, 0)
