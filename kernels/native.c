@@ -39,18 +39,46 @@ INLINE void store(float *p, f16 x) { *(f16 *)p = x; }
 
 INLINE f16 select16(i16 mask, f16 yes, f16 no) { return (f16)(((i16)yes & mask) | ((i16)no & ~mask)); }
 
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i16){__VA_ARGS__})
+#endif
+
+/* x <- its transpose. Interleaving the halves of the array is a rotation of the index bits (row, lane) by one; four
+ * of them swap row and lane. */
+INLINE void transpose16(f16 x[16])
+{
+    for (int round = 0; round < 4; round++) {
+        f16 y[16];
+        for (int i = 0; i < 8; i++) {
+            y[2 * i] = SHUFFLE(x[i], x[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            y[2 * i + 1] = SHUFFLE(x[i], x[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+        memcpy(x, y, sizeof(y));
+    }
+}
+
+/* Lanes folded onto lanes: halves, quarters, pairs, neighbours. */
+#define FOLD16(x, JOIN)                                                                                                \
+    x = JOIN(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));                                  \
+    x = JOIN(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));                                  \
+    x = JOIN(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));                                  \
+    x = JOIN(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+
+INLINE f16 plus(f16 a, f16 b) { return a + b; }
+INLINE f16 larger(f16 a, f16 b) { return select16(a > b, a, b); }
+
 INLINE float sum16(f16 x)
 {
-    float s[8];
-    for (int i = 0; i < 8; i++) s[i] = x[i] + x[i + 8];
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+    FOLD16(x, plus);
+    return x[0];
 }
 
 INLINE float max16(f16 x)
 {
-    float m = x[0];
-    for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
-    return m;
+    FOLD16(x, larger);
+    return x[0];
 }
 
 /* e to the power of x, relative error about 1e-7; below -87 it stays at e^-87. x = n ln 2 + r, and a Taylor series
@@ -158,7 +186,8 @@ INLINE void normalise(const float *x, const float *gain, float eps, long k, floa
     for (long i = 0; i < whole; i += 16) squares += load(x + i) * load(x + i);
     for (long i = whole; i < k; i++) rest += x[i] * x[i];
     float scale = 1.0f / sqrtf((sum16(squares) + rest) / k + eps);
-    for (long i = 0; i < k; i++) y[i] = gain[i] * (x[i] * scale);
+    for (long i = 0; i < whole; i += 16) store(y + i, load(gain + i) * (load(x + i) * scale));
+    for (long i = whole; i < k; i++) y[i] = gain[i] * (x[i] * scale);
 }
 
 void rms_norm(const float *x, const float *gain, float eps, long rows, long k, float *y, int threads)
@@ -167,20 +196,18 @@ void rms_norm(const float *x, const float *gain, float eps, long rows, long k, f
     for (long row = 0; row < rows; row++) normalise(x + row * k, gain, eps, k, y + row * k);
 }
 
+INLINE f16 silu(f16 x) { return x / (1.0f + exp16(-x)); }
+
 /* gate_up [rows, 2 n] -> y [rows, n]: silu(gate) * up */
 void silu_mul(const float *gate_up, long rows, long n, float *y, int threads)
 {
+    long whole = n / 16 * 16;
 #pragma omp parallel for num_threads(threads) if (rows > 4)
     for (long row = 0; row < rows; row++) {
         const float *gate = gate_up + row * 2 * n, *up = gate + n;
-        for (long i = 0; i < n; i += 16) {
-            float g[16] = {0}, u[16] = {0};
-            long count = n - i < 16 ? n - i : 16;
-            memcpy(g, gate + i, count * sizeof(float));
-            memcpy(u, up + i, count * sizeof(float));
-            store(g, load(g) / (1.0f + exp16(-load(g))) * load(u));
-            memcpy(y + row * n + i, g, count * sizeof(float));
-        }
+        float *to = y + row * n;
+        for (long i = 0; i < whole; i += 16) store(to + i, silu(load(gate + i)) * load(up + i));
+        for (long i = whole; i < n; i++) to[i] = silu((f16){0} + gate[i])[0] * up[i];
     }
 }
 
@@ -220,7 +247,7 @@ void rotate_and_store(float *qkv, long rows, long queries, long keys, long dim, 
 
 typedef struct {
     float query[TILE_MAX * DIM_MAX], sum[TILE_MAX * DIM_MAX]; /* [rows][dim] */
-    float weight[TILE_MAX][STEP], best[TILE_MAX], total[TILE_MAX];
+    float weight[TILE_MAX][STEP], total[TILE_MAX][STEP], best[TILE_MAX];
     float turned[DIM_MAX][STEP]; /* 16 keys, transposed */
 } tile;
 
@@ -272,19 +299,33 @@ INLINE void soften(tile *t, int row, long first, long position, long window, lon
         float keep = exp16((f16){0} + (t->best[row] - best))[0];
         float *sum = t->sum + row * dim;
         for (long d = 0; d < dim; d += 16) store(sum + d, load(sum + d) * keep);
-        t->total[row] *= keep;
+        store(t->total[row], load(t->total[row]) * keep);
         t->best[row] = best;
     }
     f16 weight = select16(seen, exp16(score - t->best[row]), (f16){0});
-    t->total[row] += sum16(weight);
+    store(t->total[row], load(t->total[row]) + weight);
     store(t->weight[row], weight);
 }
 
 INLINE void turn(tile *t, const float *key, long dim)
 {
-    for (long d = 0; d < dim; d += 16)
-        for (int k = 0; k < STEP; k++)
-            for (int i = 0; i < 16; i++) t->turned[d + i][k] = key[k * dim + d + i];
+    for (long d = 0; d < dim; d += 16) {
+        f16 x[16];
+        for (int k = 0; k < STEP; k++) x[k] = load(key + k * dim + d);
+        transpose16(x);
+        for (int i = 0; i < 16; i++) store(t->turned[d + i], x[i]);
+    }
+}
+
+/* Index of the key at `position` among the vectors of the pool. */
+INLINE long place(const int32_t *table, long position, long keys, long head, long block)
+{
+    return (table[position / block] * 2L * keys + head) * block + position % block;
+}
+
+INLINE void prefetch(const float *p, long count)
+{
+    for (long i = 0; i < count; i += 16) __builtin_prefetch(p + i, 0, 2);
 }
 
 static void attend(tile *t, int rows, long group, long dim, long position, long window, const int32_t *table,
@@ -294,13 +335,16 @@ static void attend(tile *t, int rows, long group, long dim, long position, long 
     long begin = window && position >= window ? (position - window + 1) / STEP * STEP : 0;
     for (int r = 0; r < rows; r++) {
         t->best[r] = -INFINITY;
-        t->total[r] = 0;
+        store(t->total[r], (f16){0});
     }
     memset(t->sum, 0, rows * dim * sizeof(float));
     for (long first = begin; first < end; first += STEP) {
-        const float *key = kv + ((table[first / block] * 2L * keys + head) * block + first % block) * dim;
+        const float *key = kv + place(table, first, keys, head, block) * dim;
         const float *value = key + keys * block * dim;
+        /* The next keys lie elsewhere, where the hardware does not look ahead. */
+        const float *next = first + STEP < end ? kv + place(table, first + STEP, keys, head, block) * dim : key;
         int count = end - first < STEP ? (int)(end - first) : STEP;
+        prefetch(next, STEP * dim);
         turn(t, key, dim);
         for (int r = 0; r < rows; r += 4)
             switch (rows - r) {
@@ -309,6 +353,7 @@ static void attend(tile *t, int rows, long group, long dim, long position, long 
             case 3: scores(3, t, r, dim); break;
             default: scores(4, t, r, dim);
             }
+        prefetch(next + keys * block * dim, STEP * dim);
         for (int r = 0; r < rows; r++) soften(t, r, first, position + r / group, window, dim);
         for (int r = 0; r < rows; r += 4)
             switch (rows - r) {
@@ -347,7 +392,8 @@ void attention(const float *qkv, const float *kv, float *out, long sequences, co
         attend(&t, rows, group, dim, position, window, tables + s * width, kv, keys, head, block);
         for (int r = 0; r < rows; r++) {
             float *to = out + ((row + r / group) * queries + head * group + r % group) * dim;
-            for (long d = 0; d < dim; d++) to[d] = t.sum[r * dim + d] / t.total[r];
+            float share = 1.0f / sum16(load(t.total[r]));
+            for (long d = 0; d < dim; d++) to[d] = t.sum[r * dim + d] * share;
         }
     }
 }
