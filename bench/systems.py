@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from .wire import HttpClient
 BATON = str(Path(sys.executable).with_name("baton"))
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2), which only Linux has; so do the comparisons."""
 
 
 def free_port() -> int:
@@ -64,7 +67,9 @@ async def baton(model: Path, shape: Sequence[str], threads: int) -> AsyncIterato
     port = free_port()
     arguments = [BATON, "serve", str(model), *shape, "--threads", str(threads), "--port", str(port)]
     with tempfile.TemporaryFile() as log:
-        child = await asyncio.create_subprocess_exec(*arguments, stdout=log, stderr=log, start_new_session=True)
+        child = await asyncio.create_subprocess_exec(
+            *arguments, stdout=log, stderr=log, start_new_session=True, preexec_fn=_drain_with_parent
+        )
         http = HttpClient(f"http://127.0.0.1:{port}")
         try:
             await _ready_or_dead(http, child)
@@ -75,6 +80,11 @@ async def baton(model: Path, shape: Sequence[str], threads: int) -> AsyncIterato
         finally:
             http.close()
             await _end(child)
+
+
+def _drain_with_parent() -> None:
+    """In the child: SIGTERM when the bench dies, however it dies, so that no server is left behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 async def _ready_or_dead(http: HttpClient, child: asyncio.subprocess.Process) -> None:
