@@ -266,6 +266,7 @@ class Members:
     version: int
     workers: tuple[WorkerStatus, ...] = field(default=())
 
+
 # --- a worker's own state, for operators and tests ------------------------------------------------------------------
 
 

@@ -73,6 +73,7 @@ class SamplingParams:
 
     def validate(self, vocab_size: int) -> None:
         """Raise `InvalidRequest`, naming the parameter, where a value is out of its range."""
+        unknown = f"a token id not in 0..{vocab_size - 1}"
         checks = (
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
             ("temperature", 0.0 <= self.temperature <= 2.0, "must be between 0 and 2"),
@@ -85,9 +86,9 @@ class SamplingParams:
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "must be above 0 and at most 10"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "must be between 0 and max_tokens"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"must be 0 to {MAX_LOGPROBS}"),
-            ("logit_bias", all(0 <= t < vocab_size for t, _ in self.logit_bias), f"has a token id not in 0..{vocab_size - 1}"),
+            ("logit_bias", all(0 <= t < vocab_size for t, _ in self.logit_bias), f"has {unknown}"),
             ("logit_bias", all(-100 <= b <= 100 for _, b in self.logit_bias), "must have values between -100 and 100"),
-            ("stop_token_ids", all(0 <= t < vocab_size for t in self.stop_token_ids), f"has an id not in 0..{vocab_size - 1}"),
+            ("stop_token_ids", all(0 <= t < vocab_size for t in self.stop_token_ids), f"has {unknown}"),
         )
         for name, ok, why in checks:
             if not ok:  # a NaN fails every comparison and lands here too
