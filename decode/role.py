@@ -5,6 +5,7 @@ Reserve ──▶ incoming (blocks reserved, inlet open) ──Commit and all by
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.inlet import Inlet
 from ..kvtransfer.session import TargetHandover
 from .planner import ContinuousBatching
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 4096
 """Committed handovers that are remembered, so that a commit that comes twice gets its answer twice."""
@@ -210,9 +213,15 @@ class DecodeRole:
             self._fail(sequence, DeadlineExceeded("the deadline passed"))
 
     def plan(self, plan: StepPlan, now: float) -> None:
-        before = self._planner.preemptions
+        count, waiting = self._planner.preemptions, self._planner.preempted.copy()
         self._planner.plan(plan)
-        self._context.stats.preemptions += self._planner.preemptions - before
+        self._context.stats.preemptions += self._planner.preemptions - count
+        for sequence in self._planner.preempted:
+            if sequence not in waiting:
+                log.info(
+                    "preempted at %d tokens while %d handovers come in", len(sequence.tokens), len(self._incoming),
+                    extra={"request_id": sequence.request.request_id},
+                )  # fmt: skip
 
     def on_layer(self, layer: int) -> None:
         """Nothing leaves a decode worker layer by layer."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from baton.deploy import models
+from tests.e2e.cluster import Cluster, connected, running
+from tests.e2e.reference import CLOSE, Judge
 from tests.e2e.serving import Serve
+
+KEY = "of-the-pair"
+JUDGE = pytest.StashKey[Judge]()
 
 Start = Callable[..., Serve]
 
@@ -34,3 +40,39 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
         yield serve.wait_ready()
     finally:
         serve.stop()
+
+
+@pytest.fixture(scope="session")
+def pair_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """One prefill and one decode worker that compute prompts in small chunks, behind an API key."""
+    flags = ("--api-key", KEY, "--max-batch-tokens", "64", "--kv-memory", "256MiB")
+    with running(tmp_path_factory.mktemp("pair"), *flags) as serve:
+        yield serve
+
+
+@pytest.fixture
+async def pair(pair_serve: Serve) -> AsyncIterator[Cluster]:
+    """A client of that pair. When the test is over, nothing of it may be left on the workers."""
+    async with connected(pair_serve, KEY) as cluster:
+        yield cluster
+        await cluster.quiet()
+
+
+@pytest.fixture(scope="session")
+def judge(request: pytest.FixtureRequest) -> Judge:
+    """The reference, on the weights that `baton serve demo` serves."""
+    source = models.find("demo")
+    assert source.gguf is not None
+    folder = models.cached_folder(source.gguf)
+    assert folder.is_dir(), "a cluster comes first: it converts the demo model"
+    request.config.stash[JUDGE] = Judge.load(folder)
+    return request.config.stash[JUDGE]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how often the reference was asked, and what was forgiven."""
+    if judge := config.stash.get(JUDGE, None):
+        terminalreporter.write_line(
+            f"transformers agrees with {judge.judged} outputs of {judge.tokens} tokens; "
+            f"{judge.forgiven} tokens differ where its best logits are closer than {CLOSE:g}"
+        )

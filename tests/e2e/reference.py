@@ -8,7 +8,9 @@ tell the two apart: their logits differ by less than `CLOSE`. What follows it is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,21 @@ class Verdict:
     wrong: Tokens = ()
     close: Tokens = ()
 
+    def until(self, length: int) -> Verdict:
+        """Of the output's first `length` tokens."""
+        return Verdict(tuple(p for p in self.wrong if p < length), tuple(p for p in self.close if p < length))
+
 
 @dataclass(slots=True)
 class Judge:
-    """Holds the reference model. Verdicts are kept, so an output that comes again costs nothing."""
+    """Holds the reference model. Verdicts are kept, so an output that comes again, or a part of it, costs nothing."""
 
     model: Any
     tokenizer: Any
-    verdicts: dict[tuple[Tokens, Tokens], Verdict] = field(default_factory=dict)
+    pool: ThreadPoolExecutor
+    """Each thread computes by itself: torch's own threads would wait for each other wherever the machine is busy."""
+    known: dict[Tokens, list[tuple[Tokens, Verdict]]] = field(default_factory=dict)
+    """Prompt → outputs judged so far."""
     judged: int = 0
     """Outputs that `check` was asked about, and below, their tokens and the differences that it forgave."""
     tokens: int = 0
@@ -50,7 +59,9 @@ class Judge:
     def load(cls, folder: Path) -> Judge:
         """From a checkpoint folder."""
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return cls(model, AutoTokenizer.from_pretrained(folder))
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+        return cls(model, AutoTokenizer.from_pretrained(folder), pool)
 
     def encode(self, prompt: Prompt) -> Tokens:
         """The prompt's tokens by the reference's own tokenizer and chat template."""
@@ -78,14 +89,17 @@ class Judge:
 
     def verdict(self, prompt: Tokens, output: Tokens) -> Verdict:
         """Where `output` is not what the reference continues `prompt` with."""
-        key = (prompt, output)
-        if key not in self.verdicts:
-            self.verdicts[key] = self._judge(prompt, output)
-        return self.verdicts[key]
+        known = self.known.setdefault(prompt, [])
+        for longer, verdict in known:
+            if longer[: len(output)] == output:
+                return verdict.until(len(output))
+        verdict = self._judge(prompt, output)
+        known.append((output, verdict))
+        return verdict
 
     def check(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> None:
         """Fail unless every (prompt, output) is the reference's, but for a few positions that are close."""
-        verdicts = [self.verdict(prompt, output) for prompt, output in pairs]
+        verdicts = list(self.pool.map(lambda pair: self.verdict(*pair), pairs))
         for (prompt, output), verdict in zip(pairs, verdicts, strict=True):
             assert not verdict.wrong, (
                 f"differs from the reference at {verdict.wrong} after the prompt {self.decode(prompt)[:80]!r} of "
