@@ -40,7 +40,11 @@ log = logging.getLogger(__name__)
 class TorchRunner:
     """Implements `plan.Runner` on a model and a pool. Not thread-safe: it belongs to the engine loop."""
 
-    def __init__(self, model: Model, pool: KvPool, eos_ids: frozenset[int], device: torch.device) -> None:
+    def __init__(
+        self, model: Model, pool: KvPool, eos_ids: frozenset[int], device: torch.device, operations: str
+    ) -> None:
+        """`operations`: name of the implementation underneath, for logs and tests."""
+        self.operations = operations
         self._model = model
         self._pool = pool
         self._sampler = Sampler(eos_ids)
@@ -58,7 +62,7 @@ class TorchRunner:
                 wanted = self._move(np.asarray([rows.row_starts[i + 1] - 1 for i in sampling], dtype=np.int64))
                 logits = self._model.forward(tokens, rows, self._pool.layers, wanted, on_layer)
                 sampled = self._sampler.sample(logits, [slices[i].sequence for i in sampling])
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise EngineFailure(f"step of {plan.tokens} tokens failed: {error}") from error
         for i, token in zip(sampling, sampled, strict=True):
             results[order[i]] = token
@@ -134,7 +138,8 @@ def build_engine(
     longest = min(config.max_model_len or model_config.max_position_embeddings, num_blocks * config.block_size)
     pool = KvPool(layout, num_blocks, allocator(device))
     rope = rope_table(model_config.rope, model_config.head_dim, longest, device)
-    runner = TorchRunner(Model(model_config, weights, ops, rope), pool, model_config.eos_ids, device)
+    model = Model(model_config, weights, ops, rope)
+    runner = TorchRunner(model, pool, model_config.eos_ids, device, ops.name)
     _warm_up(runner, min(longest, num_blocks * config.block_size), config)
     log.info(
         "model %s: %s on %s, operations %s, %d blocks of %d tokens, ready in %.1f s",

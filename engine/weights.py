@@ -122,7 +122,7 @@ def weights_digest(folder: Path) -> str:
             header = int.from_bytes(file.read(8), "little")
             digest.update(size.to_bytes(8, "little") + file.read(header))
             for i in range(_SAMPLES):
-                file.seek(8 + header + (size - 8 - header) * i // _SAMPLES)
+                file.seek(8 + header + max(0, size - 8 - header - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 

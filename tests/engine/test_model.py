@@ -45,15 +45,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def start(path: Path, **overrides: Any) -> Engine:
-    config = EngineConfig(model=str(path), threads=2, device="cpu", kv_memory=4 << 20, max_batch_tokens=64)
-    return build_engine(
-        config if not overrides else EngineConfig(**{**_fields(config), **overrides}), lambda share: None
-    )
-
-
-def _fields(config: EngineConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in EngineConfig.__slots__}
+def start(path: Path, **settings: Any) -> Engine:
+    """An engine with a pool that holds a few hundred tokens; `settings` are fields of `EngineConfig`."""
+    defaults = {"model": str(path), "threads": 2, "device": "cpu", "kv_memory": 4 << 20, "max_batch_tokens": 64}
+    return build_engine(EngineConfig(**(defaults | settings)), lambda share: None)
 
 
 def sequence(tokens: Listing[int], first_block: int, number: int = 0, **params: Any) -> Sequence:
