@@ -60,14 +60,6 @@ def demo_source() -> Path:
     return files[0]
 
 
-def ensure_demo(cache: Path) -> Path:
-    """Folder of the demo model under `cache`, converted the first time."""
-    target = cache / "SmolLM2-135M-Instruct"
-    if not target.exists():
-        import_gguf(demo_source(), target)
-    return target
-
-
 def import_gguf(source: Path, target: Path, dtype: str = "float32") -> None:
     """Write config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
@@ -93,6 +85,8 @@ def import_gguf(source: Path, target: Path, dtype: str = "float32") -> None:
         save_file(dict(_tensors(facts, _DTYPES[dtype])), scratch / "model.safetensors", metadata={"format": "pt"})
         scratch.chmod(0o755)
         os.replace(scratch, target)
+    except KeyError as error:
+        raise InvalidRequest(f"{source} lacks {error}", param="model") from error
     except OSError:
         if not (target / "config.json").exists():
             raise

@@ -30,7 +30,7 @@ def write_tokenizer(values: Mapping[str, Any], path: Path) -> None:
             f"the GGUF's tokenizer {values.get('tokenizer.ggml.model')} is not supported; only byte-level BPE is"
         )
     tokens = values["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in values["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in values.get("tokenizer.ggml.merges", [])]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = _pre_tokenizer(str(values.get("tokenizer.ggml.pre", "gpt-2")))
     tokenizer.decoder = decoders.ByteLevel()

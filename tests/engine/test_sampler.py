@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -45,7 +46,7 @@ def test_uniform_numbers_are_even_and_unrelated() -> None:
         assert min(numbers) >= 0.0
         assert max(numbers) < 1.0
         assert sum((cells[i] - 1000) ** 2 / 1000 for i in range(20)) < 50  # chi squared, 19 degrees of freedom
-        pairs = [(a - 0.5) * (b - 0.5) for a, b in zip(numbers, numbers[1:], strict=False)]
+        pairs = [(a - 0.5) * (b - 0.5) for a, b in itertools.pairwise(numbers)]
         assert abs(sum(pairs) / len(pairs)) < 0.003
     assert uniform(2**64 - 1, 2**31) != uniform(2**64 - 2, 2**31)
 
