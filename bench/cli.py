@@ -123,21 +123,26 @@ def compare(
         output_len=output_len, systems=tuple(known[name] for name in wanted), seed=fresh_seed(),
     )  # fmt: skip
     console = Console()
+    load_before = _warn_if_busy(console)
     bandwidth, weights = read_bandwidth(threads), weight_bytes(folder)
     with console.status("") as status:
         results = asyncio.run(side_by_side.compare(plan, status.update))
+    bandwidth = max(bandwidth, read_bandwidth(threads))  # a limit is not lowered by what else ran when it was measured
     console.print(verdict.table(results, bandwidth / weights))
     for bar, held in verdict.bars(results).items():
         console.print(f"{'reached' if held else 'MISSED'}: {bar}")
     if save:
-        parameters = {"threads": threads, "rounds": rounds, "input": input_len, "output": output_len, "seed": plan.seed}
+        parameters = {
+            "threads": threads, "rounds": rounds, "input": input_len, "output": output_len, "seed": plan.seed,
+            "load_average_before": load_before,
+        }  # fmt: skip
         path = record.write(save, "compare", verdict.document(results, bandwidth, weights), parameters)
         points = {
             name: {w: (m.tokens_per_s(w), statistics.median(m.pooled(w, "itl"))) for w in m.bursts}
             for name, m in results.items()
             if m.bursts
         }
-        draw_comparison(path.with_suffix(".png"), points, bandwidth / weights, f"{threads} threads, demo model")
+        draw_comparison(path.with_suffix(".png"), points, bandwidth / weights, f"{Path(model).name}, {threads} threads")
         console.print(f"wrote results/{path.name} and its plot")
 
 
@@ -155,6 +160,7 @@ def gateway(
     from .systems import model_folder
 
     console = Console()
+    load_before = _warn_if_busy(console)
     with console.status("") as status:
         result = uvloop.run(measure(model_folder(model), streams, tokens, rounds, status.update))
     named = {f"streamed tokens/s at {streams} streams": result.tokens, "small requests/s": result.requests}
@@ -166,7 +172,8 @@ def gateway(
             f"added latency at {paced.tokens.per_s:.0f} tokens/s: {times} ({paced.tokens.per_core:.0f} per core)"
         )
     if save:
-        path = record.write(save, "gateway", asdict(result), {"streams": streams, "tokens": tokens, "rounds": rounds})
+        parameters = {"streams": streams, "tokens": tokens, "rounds": rounds, "load_average_before": load_before}
+        path = record.write(save, "gateway", asdict(result), parameters)
         console.print(f"wrote results/{path.name}")
 
 
@@ -218,6 +225,16 @@ def memory(
         typer.echo(
             f"weights {size / 1e6:.0f} MB, each read once a step: at most {bandwidth / size:.1f} tokens/s at batch 1"
         )
+
+
+def _warn_if_busy(console: Console) -> float:
+    """The load average, and a word where it will be in the results."""
+    from .machine import busy
+
+    load = busy()
+    if load > 0.5:
+        console.print(f"[yellow]this machine is busy (load average {load:.1f}): expect noise[/yellow]")
+    return load
 
 
 def _numbers(text: str, kind: type[N]) -> tuple[N, ...]:

@@ -71,6 +71,11 @@ def _first(path: Path, pattern: str) -> str:
     return found.group(1).strip() if found else ""
 
 
+def busy() -> float:
+    """Processes that wanted to run, over the last minute: what else this machine does. Take it before measuring."""
+    return round(os.getloadavg()[0], 2)
+
+
 def read_bandwidth(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
     """Bytes a second that `threads` threads read from memory, the best of `rounds` passes over an array that no
     cache holds. Decoding one sequence reads every weight once a step, so this over the weights' bytes is the most

@@ -40,6 +40,7 @@ class Handover:
     after_prefill how much later the first token comes than from a colocated worker with the prefill worker's threads:
                   what is not hidden behind computing
     ttft_share    of `after_prefill` in TTFT
+    hidden        share of `seconds` that costs the client nothing
     gb_per_s      bytes over `seconds`: how fast they had to go, not how fast they could
     """
 
@@ -48,6 +49,7 @@ class Handover:
     gb_per_s: float
     after_prefill: float
     ttft_share: float
+    hidden: float
 
 
 def rows(results: Mapping[str, Measured]) -> list[Row]:
@@ -65,13 +67,13 @@ def rows(results: Mapping[str, Measured]) -> list[Row]:
 def handover(results: Mapping[str, Measured]) -> Handover | None:
     """None where 1P1D was not measured, or handed nothing over."""
     pair, half = results.get(PAIR), results.get(HALF)
-    if pair is None or half is None or not pair.handover.get("handover_bytes"):
+    if pair is None or half is None or not pair.handover.get("handover_seconds"):
         return None
     count = pair.handover["requests"]
-    size, seconds = pair.handover["handover_bytes"] / count, pair.handover.get("handover_seconds", 0.0) / count
+    size, seconds = pair.handover["handover_bytes"] / count, pair.handover["handover_seconds"] / count
     ttft = statistics.median(pair.long_ttft)
     after = ttft - statistics.median(half.long_ttft)
-    return Handover(size, seconds, size / seconds / 1e9 if seconds else float("nan"), after, after / ttft)
+    return Handover(size, seconds, size / seconds / 1e9, after, after / ttft, 1 - after / seconds)
 
 
 def stages(measured: Measured) -> dict[str, float]:

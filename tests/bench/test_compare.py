@@ -102,7 +102,11 @@ def test_what_a_handover_costs_is_the_difference_to_the_same_threads_without_one
     cost = verdict.handover(results)
     assert cost is not None
     assert (cost.bytes, cost.seconds, cost.gb_per_s) == (2e7, 2.0, pytest.approx(0.01))
-    assert cost.after_prefill == pytest.approx(0.1) and cost.ttft_share == pytest.approx(0.05)
+    assert (
+        cost.after_prefill == pytest.approx(0.1)
+        and cost.ttft_share == pytest.approx(0.05)
+        and cost.hidden == pytest.approx(0.95)
+    )
     assert verdict.handover({PAIR: measured(10.0, 2.0)}) is None
 
 
