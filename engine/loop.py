@@ -22,6 +22,9 @@ IDLE_WAIT_S = 0.05
 MAX_FAILURES = 3
 """Steps that may fail one after the other before the loop gives up and the process ends."""
 
+OUTLIER = 4.0
+"""A decode step counts for at most this many times what steps took before."""
+
 
 class EngineLoop:
     """Owns the block table and the order of things. `deliver` takes each round's mail to the RPC side.
@@ -131,7 +134,10 @@ class EngineLoop:
         if chunk >= 32:  # smaller chunks say more about overheads than about the rate
             stats.prefill_tokens_per_s = _smooth(stats.prefill_tokens_per_s, chunk / max(seconds, 1e-9))
         elif chunk == 0:
-            stats.decode_step_s = _smooth(stats.decode_step_s, seconds)
+            # A step in which the process was stopped or starved says nothing of the next ones; taken at its word, it
+            # would keep the router away, and with it the steps that tell better.
+            most = OUTLIER * stats.decode_step_s or seconds
+            stats.decode_step_s = _smooth(stats.decode_step_s, min(seconds, most))
 
     def load(self) -> Load:
         """How busy this worker is now."""
