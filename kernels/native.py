@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -46,15 +47,15 @@ _SIGNATURES = {
 class NativeOps:
     """See `ops.Ops`. A row's numbers do not depend on the rest of the batch; tensors must be contiguous float32.
 
-    `name` counts up with every change of the order of operations in native.c.
+    `name` holds a digest of what this build computes from fixed numbers: another order of operations in the source, a
+    processor without fused multiply-add or another compiler's rounding give another name.
     """
-
-    name = "native-1"
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._library = library
         self._threads = threads
         self._panel: int = library.panel_width()
+        self.name = f"native-{self._probe()}"
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """[N, K] → panels [N / P, K, P], the last one filled up with zeros."""
@@ -115,6 +116,22 @@ class NativeOps:
         )
         return out
 
+    def _probe(self) -> str:
+        """Run every operation once on numbers that are exact in float32; 8 hex digits of the result's digest."""
+
+        def numbers(*shape: int) -> torch.Tensor:
+            return ((torch.arange(math.prod(shape)) * 7919 % 1009 - 504) / 512.0).view(shape)
+
+        tokens, heads = 40, Heads(queries=2, keys=1, dim=16)
+        steps = torch.arange(tokens)
+        start, length, table = (torch.tensor(v, dtype=torch.int32) for v in ([0, tokens], [tokens], [[0, 1, 2]]))
+        rows = Rows(steps, steps, start, length, table, 0, (0, tokens), (tokens,))
+        x, kv = numbers(tokens, 600), torch.zeros(3, 2, 1, 16, 16)
+        qkv = self.linear(self.rms_norm(x, numbers(600), 1e-5), self.pack(numbers(64, 600)), 64)
+        self.rotate_and_store(qkv, heads, numbers(tokens, 2, 8), rows, kv)
+        out = self.silu_mul(self.attention(qkv, heads, rows, kv))
+        return hashlib.blake2b(out.numpy().tobytes(), digest_size=4).hexdigest()
+
 
 def supports(queries: int, keys: int, head_dim: int, block_size: int) -> bool:
     """Whether native.c's attention can take this shape."""
@@ -147,7 +164,9 @@ def _compiled() -> Path:
     tune = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     flags = ["-O3", tune, "-std=gnu11", "-fPIC", "-fopenmp"]
     version = _call([compiler, "--version"])
-    key = hashlib.blake2b("\n".join((_SOURCE.read_text(), version, _processor(), *flags)).encode(), digest_size=12)
+    key = hashlib.blake2b(
+        "\n".join((_SOURCE.read_text(), compiler, version, _processor(), *flags)).encode(), digest_size=12
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "kernels"
     target = cache / f"native-{key.hexdigest()}.so"
     if not target.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from baton.kernels.native import NativeOps, load_library, supports
 from baton.kernels.ops import Heads, Rows
 from baton.kernels.reference import TorchOps
+from baton.kernels.select import select_ops
 
 BLOCK = 16
 REFERENCE = TorchOps()
@@ -144,6 +146,33 @@ def test_a_row_has_the_same_bits_in_every_batch(native: NativeOps) -> None:
         found = native.attention(qkv[-count:].contiguous(), heads, part, kv)
         assert torch.equal(found, expected[-count:])
         assert torch.equal(native.linear(found, weight, 100), product[-count:])
+
+
+def test_without_a_compiler_torch_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert load_library.__wrapped__() is None
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/false")
+    assert load_library.__wrapped__() is None
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    monkeypatch.setattr("baton.kernels.select.load_library", lambda: None)
+    assert select_ops(torch.device("cpu"), torch.float32, 9, 3, 64, 16).name == "torch"
+
+
+def test_the_name_is_the_same_for_any_number_of_threads(native: NativeOps) -> None:
+    library = load_library()
+    assert library is not None
+    assert NativeOps(library, threads=1).name == native.name
+    assert native.name.startswith("native-")
+
+
+def test_operations_are_chosen_by_rule(native: NativeOps) -> None:
+    cpu = torch.device("cpu")
+    assert select_ops(cpu, torch.float32, 9, 3, 64, 16).name == native.name
+    assert select_ops(cpu, torch.bfloat16, 9, 3, 64, 16).name == "torch"
+    assert select_ops(cpu, torch.float32, 9, 3, 8, 16).name == "torch"
 
 
 def test_shapes_that_the_compiled_attention_refuses() -> None:
