@@ -66,8 +66,9 @@ _CHANNEL_OPTIONS = (
     *_OPTIONS,
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # In spite of its name: how long a connection may take to stand. On a busy machine a process answers late.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     # Channels of one process to one address would otherwise share a connection, and a token's stream a bulk stream's.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -216,3 +216,29 @@ async def test_a_reader_that_is_cancelled_is_cancelled() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await stream.read()
+
+
+async def test_a_process_that_is_slow_to_answer_a_connection_is_not_taken_for_gone() -> None:
+    """A busy machine: the kernel accepts at once, the process comes round to it half a second later."""
+    worker = EchoWorker()
+    async with served(rpc.worker_handlers(worker)) as peer:
+        host, port = peer.address.split(":")
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(0.5)
+            behind, onward = await asyncio.open_connection(host, int(port))
+            await asyncio.gather(_copy(reader, onward), _copy(behind, writer))
+
+        front = await asyncio.start_server(relay, "127.0.0.1", 0)
+        slow = Peer("{}:{}".format(*front.sockets[0].getsockname()), TOKEN)
+        try:
+            assert (await slow.check(timeout_s=5)).ok
+        finally:
+            await slow.close()
+            front.close()
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+    writer.close()
