@@ -20,11 +20,11 @@ def _age(sequence: Sequence) -> tuple[int, float]:
 
 
 class ContinuousBatching:
-    """Plans all sequences that have their prompt's KV, or had it before they were preempted."""
+    """Plans all sequences that have their prompt's KV, or had it before they were preempted. Whoever calls `join`
+    bounds their number: it must not exceed the step's token budget."""
 
-    def __init__(self, table: BlockTable, max_running: int) -> None:
+    def __init__(self, table: BlockTable) -> None:
         self._table = table
-        self._max_running = max_running
         self.running: list[Sequence] = []  # oldest first
         self.preempted: list[Sequence] = []  # oldest first
         self.preemptions = 0
@@ -44,7 +44,7 @@ class ContinuousBatching:
         """Add a slice for each running sequence that fits the budget; first make room, then resume who was
         preempted and fits again."""
         self._resume()
-        for sequence in list(self.running[: self._max_running]):
+        for sequence in list(self.running):
             if plan.budget == 0:
                 break
             if not sequence.blocks:

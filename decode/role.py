@@ -65,7 +65,7 @@ class DecodeRole:
     def __init__(self, context: Context, inlet: Inlet) -> None:
         self._context = context
         self._inlet = inlet
-        self._planner = ContinuousBatching(context.table, context.limits.max_running)
+        self._planner = ContinuousBatching(context.table)
         self._incoming: dict[HandoverKey, Incoming] = {}
         self._decoding: dict[SequenceKey, Sequence] = {}
         self._committed: dict[HandoverKey, None] = {}
@@ -157,8 +157,8 @@ class DecodeRole:
             raise PoolFull(f"{len(request.tokens)} tokens are more than this worker's whole pool")
         if len(self._incoming) >= context.handover.max_sending:
             raise PoolFull(f"{len(self._incoming)} handovers are coming in already")
-        if len(self._decoding) >= context.limits.max_waiting:
-            raise PoolFull(f"{len(self._decoding)} requests are here already")
+        if self.places <= 0:
+            raise PoolFull(f"the batch is full: {context.limits.max_running} requests")
         if self._planner.preempted:
             raise PoolFull("preempted requests wait for room here")
 
@@ -256,6 +256,16 @@ class DecodeRole:
             self._abort(incoming, HandoverFailed(message), code=code)
 
     # --- numbers ---
+
+    @property
+    def places(self) -> int:
+        """Requests that may still come in."""
+        return self._context.limits.max_running - len(self._decoding) - len(self._incoming)
+
+    @property
+    def headroom(self) -> int:
+        """Blocks that those that run should find available: one each."""
+        return len(self._planner.running)
 
     def sequences(self) -> Iterable[Sequence]:
         return [*self._decoding.values(), *(i.sequence for i in self._incoming.values())]

@@ -194,7 +194,8 @@ async def _convert(job: ImportJob, display: Display) -> None:
     lines: list[str] = []
     process = await LocalLauncher(log=lambda _, line: lines.append(line)).start(Spec("import", job, usable_cores()))
     try:
-        code = await asyncio.wait_for(process.wait(), IMPORT_TIMEOUT_S)
+        async with asyncio.timeout(IMPORT_TIMEOUT_S):
+            code = await process.wait()
     except TimeoutError as error:
         raise BatonError(f"converting {job.source} took longer than {IMPORT_TIMEOUT_S:.0f} s") from error
     finally:

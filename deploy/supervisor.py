@@ -104,7 +104,8 @@ class Supervisor:
                 return
             self._listener.ended(self.spec, _describe(code), delay)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await self._stopping.wait()
 
     async def _live(self) -> tuple[int, tuple[str, ...]]:
         """One life of the process: its exit code and its last words."""

@@ -82,6 +82,24 @@ class Context:
         self.outbox.token(sequence.key, len(sequence.tokens) - 1, sampled.token, sampled.logprob)
 
 
+class LocalBatch(Protocol):
+    """The decoding half of a colocated worker, as its prefilling half sees it."""
+
+    @property
+    def headroom(self) -> int:
+        """Blocks that must stay available for those that run already."""
+        ...
+
+    @property
+    def places(self) -> int:
+        """Sequences that may still join the batch."""
+        ...
+
+    def join(self, sequence: Sequence) -> None:
+        """Take a sequence whose first token is known."""
+        ...
+
+
 class Role(Protocol):
     """A policy. The loop calls, in each round: `receive` for each item, `tick`, `plan`, `on_layer` while the step runs,
     and `computed` (or `failed`) for each slice that this role planned."""

@@ -18,7 +18,7 @@ import msgpack
 
 from ..common.clock import Clock
 from ..common.config import HandoverConfig
-from ..common.errors import BatonError, HandoverFailed, InvalidRequest, WorkerLost
+from ..common.errors import BatonError, DeadlineExceeded, HandoverFailed, InvalidRequest, WorkerLost
 from ..common.types import WorkerRef
 from ..protos.rpc import Peer, Stream
 from . import wire
@@ -29,6 +29,8 @@ from .transport import BlockStore, Offer
 log = logging.getLogger(__name__)
 
 _CREDIT = b"+"
+HELLO_S = 5.0
+"""How long a data stream may be open before it says whose it is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -107,13 +109,15 @@ class GrpcOutlet:
             await stream.write(msgpack.packb((self._source.name, self._source.epoch)))
             while True:
                 transfer, offer = await lane.next()
-                await asyncio.wait_for(lane.credits.acquire(), self._config.lease_s)
+                async with asyncio.timeout(self._config.lease_s):
+                    await lane.credits.acquire()
                 frame = self._frame(transfer, offer)
                 if frame is None:
                     lane.credits.release()
                     continue
                 self.trace.left(offer.handover_id, offer.layer)
-                await asyncio.wait_for(stream.write(frame), self._config.lease_s)
+                async with asyncio.timeout(self._config.lease_s):
+                    await stream.write(frame)
         except (BatonError, TimeoutError) as error:
             reason = error if isinstance(error, BatonError) else WorkerLost(f"{target.name} takes no bytes")
             log.warning("data stream to %s broke: %s", target.name, reason)
@@ -166,7 +170,11 @@ async def _collect(stream: Stream[bytes, bytes], credits: asyncio.Semaphore) -> 
 async def receive(stream: Stream[bytes, bytes], inlet: Inlet) -> None:
     """The target's end of a data stream: take frames into `inlet`, answer each with a credit. A frame that the inlet
     refuses costs its handover and not the stream. Raises `InvalidRequest` where the first message is no hello."""
-    hello = await stream.read()
+    try:
+        async with asyncio.timeout(HELLO_S):
+            hello = await stream.read()
+    except TimeoutError as error:
+        raise DeadlineExceeded("a stream was opened and nothing was said") from error
     if hello is None:
         return
     try:

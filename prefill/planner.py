@@ -13,6 +13,7 @@ from collections.abc import Callable
 from ..common.hashing import BlockHash
 from ..engine.block_table import BlockTable
 from ..engine.plan import StepPlan
+from ..engine.role import LocalBatch
 from ..engine.sequence import Sequence
 
 
@@ -21,12 +22,14 @@ def _turn(sequence: Sequence) -> tuple[int, float]:
 
 
 class ChunkedPrefill:
-    """`headroom()` is how many blocks must stay available for others (the decoding half of a colocated worker);
-    `on_start` is told when a sequence is admitted."""
+    """`on_start` is told when a sequence is admitted. `local`: the batch that computed sequences join, if that is on
+    this worker; no more are started than find a place there."""
 
-    def __init__(self, table: BlockTable, headroom: Callable[[], int], on_start: Callable[[Sequence], None]) -> None:
+    def __init__(
+        self, table: BlockTable, on_start: Callable[[Sequence], None], local: LocalBatch | None = None
+    ) -> None:
         self._table = table
-        self._headroom = headroom
+        self._local = local
         self._on_start = on_start
         self.ready: list[Sequence] = []
         self.computing: list[Sequence] = []
@@ -69,7 +72,11 @@ class ChunkedPrefill:
         if prefix < last // self._table.block_size and chain[prefix] in self._in_work:
             return True
         fresh = self._table.blocks_for(len(sequence.tokens)) - prefix
-        if self._table.holders() and fresh + self._headroom() > self._table.manager.available:
+        if self._local is not None:
+            if self._local.places <= len(self.computing):
+                return False
+            fresh += self._local.headroom
+        if self._table.holders() and fresh > self._table.manager.available:
             return False
         if not self._table.admit(sequence, last, len(sequence.tokens)):
             return False

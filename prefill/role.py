@@ -8,7 +8,7 @@ that ends with its first token hands nothing over. Whatever goes wrong is told t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..common.errors import (
@@ -24,7 +24,7 @@ from ..common.messages import Abort, Cancel, Commit, Committed, Refused, Reserve
 from ..common.types import WorkerRef
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
 from ..engine.plan import Sampled, Slice, StepPlan
-from ..engine.role import Context
+from ..engine.role import Context, LocalBatch
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.session import SourceHandover, State
 from ..kvtransfer.transport import Offer, Outlet
@@ -51,17 +51,14 @@ class Outgoing:
 
 
 class PrefillRole:
-    """`join` takes a sequence that this worker decodes itself; `headroom` as in `ChunkedPrefill`."""
+    """`local` takes the sequences that this worker decodes itself; None: it decodes none."""
 
-    def __init__(
-        self, context: Context, outlet: Outlet, num_layers: int,
-        join: Callable[[Sequence], None] | None = None, headroom: Callable[[], int] = lambda: 0,
-    ) -> None:  # fmt: skip
+    def __init__(self, context: Context, outlet: Outlet, num_layers: int, local: LocalBatch | None = None) -> None:
         self._context = context
         self._outlet = outlet
         self._num_layers = num_layers
-        self._join = join
-        self._planner = ChunkedPrefill(context.table, headroom, self._begin)
+        self._local = local
+        self._planner = ChunkedPrefill(context.table, self._begin, local)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._opening: list[tuple[Sequence, WorkerRef]] = []
         self._outgoing: dict[int, Outgoing] = {}
@@ -97,7 +94,7 @@ class PrefillRole:
                 raise InvalidRequest("a request needs at least one prompt token")
             if len(request.tokens) >= limits.max_model_len or not self._context.table.fits(len(request.tokens) + 1):
                 raise InvalidRequest(f"{len(request.tokens)} tokens do not fit this worker")
-            if submit.decode is None and self._join is None:
+            if submit.decode is None and self._local is None:
                 raise HandoverFailed("this worker does not decode, and no decode worker was named")
             if len(self._sequences) >= limits.max_waiting:
                 raise PoolFull(f"{limits.max_waiting} requests wait here already")
@@ -199,8 +196,8 @@ class PrefillRole:
             self._context.outbox.to_target(outgoing.target, Commit(outgoing.id, first, sequence.deadline - now))
         else:
             del self._sequences[sequence.key]
-            assert self._join is not None
-            self._join(sequence)
+            assert self._local is not None
+            self._local.join(sequence)
 
     def failed(self, part: Slice, error: BatonError) -> None:
         self._fail(part.sequence, error)

@@ -61,7 +61,7 @@ def make_roles(role: Role, context: Context, inlet: Inlet, outlet: Any, num_laye
     if role is Role.PREFILL:
         return [PrefillRole(context, outlet, num_layers)]
     decode = DecodeRole(context, inlet)
-    return [decode, PrefillRole(context, outlet, num_layers, decode.join, lambda: decode.running)]
+    return [decode, PrefillRole(context, outlet, num_layers, decode)]
 
 
 class Worker:
@@ -85,7 +85,7 @@ class Worker:
             eos_ids=engine.eos_ids,
             max_model_len=engine.max_model_len,
             max_batch_tokens=config.engine.max_batch_tokens,
-            max_running=config.engine.max_running,
+            max_running=min(config.engine.max_running, config.engine.max_batch_tokens),  # a step must hold them all
             max_waiting=config.max_waiting,
         )
         context = Context(
@@ -114,7 +114,7 @@ class Worker:
             pid=os.getpid(),
         )
         self._routers = RouterLines(info, self.inbox, self._last_load, config.heartbeat_s, config.lease_s)
-        self._sources = SourceLines(self.ref, self.inbox, config.heartbeat_s)
+        self._sources = SourceLines(self.ref, self.inbox, config.heartbeat_s, config.lease_s)
         self._targets = TargetLines(self.ref, self.inbox, config.cluster_token, config.handover.lease_s)
 
     async def start(self) -> None:
@@ -139,7 +139,8 @@ class Worker:
         reply: asyncio.Future[CheckReport] = self._events.create_future()
         self.inbox.post(Inspect(lambda report: self._post(_resolve, reply, report)))
         try:
-            return await asyncio.wait_for(reply, CHECK_TIMEOUT_S)
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                return await reply
         except TimeoutError as error:
             raise DeadlineExceeded(f"the engine loop has not come round for {CHECK_TIMEOUT_S:.0f} s") from error
 

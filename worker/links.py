@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from ..common.errors import BatonError, InvalidRequest, StaleEpoch, WorkerLost
+from ..common.errors import BatonError, DeadlineExceeded, InvalidRequest, StaleEpoch, WorkerLost
 from ..common.messages import (
     Abort,
     Committed,
@@ -41,6 +41,7 @@ MAX_QUEUED = 4096
 """Messages that wait for a reader before its line is cut."""
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
@@ -70,7 +71,8 @@ class Line(Generic[T]):
         next_beat = clock.time() + every
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), max(0.0, next_beat - clock.time()))
+                async with asyncio.timeout_at(next_beat):
+                    await self._wake.wait()
             self._wake.clear()
             batch = [self._queue.popleft() for _ in range(len(self._queue))]
             if clock.time() >= next_beat:
@@ -79,7 +81,8 @@ class Line(Generic[T]):
                     batch.append(message)
             for message in batch:
                 try:
-                    await asyncio.wait_for(stream.write(message), 10 * every)
+                    async with asyncio.timeout(10 * every):
+                        await stream.write(message)
                 except TimeoutError as error:
                     raise WorkerLost("the other end does not read") from error
             if self._overflow:
@@ -99,6 +102,19 @@ async def _either(*work: Awaitable[None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class _Reader(Protocol[T_co]):
+    async def read(self) -> T_co | None: ...
+
+
+async def _first(stream: _Reader[T], within_s: float) -> T | None:
+    """The first message of a stream. Raises `DeadlineExceeded` where it does not come in time."""
+    try:
+        async with asyncio.timeout(within_s):
+            return await stream.read()
+    except TimeoutError as error:
+        raise DeadlineExceeded("a stream was opened and nothing was said") from error
+
+
 class RouterLines:
     """The streams to routers: requests in, one report a step out, a sign of life in between."""
 
@@ -116,7 +132,7 @@ class RouterLines:
 
     async def serve(self, stream: Stream[RouterSays, FromWorker]) -> None:
         """One router's stream, for as long as it lives."""
-        hello = await asyncio.wait_for(stream.read(), self._lease_s)
+        hello = await _first(stream, self._lease_s)
         if not isinstance(hello, Hello):
             raise InvalidRequest("the first message of a session is a hello")
         if hello.worker_epoch not in (0, self._info.ref.epoch):
@@ -141,7 +157,8 @@ class RouterLines:
     async def _listen(self, stream: Stream[RouterSays, FromWorker], router: str) -> None:
         while True:
             try:
-                message = await asyncio.wait_for(stream.read(), self._lease_s)
+                async with asyncio.timeout(self._lease_s):
+                    message = await stream.read()
             except TimeoutError as error:
                 raise WorkerLost(f"router {router} fell silent") from error
             if message is None:
@@ -155,10 +172,11 @@ class RouterLines:
 class SourceLines:
     """The control streams that sources opened to us."""
 
-    def __init__(self, ref: WorkerRef, inbox: Inbox, heartbeat_s: float) -> None:
+    def __init__(self, ref: WorkerRef, inbox: Inbox, heartbeat_s: float, lease_s: float) -> None:
         self._ref = ref
         self._inbox = inbox
         self._heartbeat_s = heartbeat_s
+        self._lease_s = lease_s
         self._lines: dict[WorkerRef, Line[TargetSays]] = {}
 
     def send(self, source: WorkerRef, message: TargetMessage) -> None:
@@ -167,7 +185,7 @@ class SourceLines:
 
     async def serve(self, stream: Stream[SourceSays, TargetSays]) -> None:
         """One source's stream, for as long as it lives."""
-        source = await stream.read()
+        source = await _first(stream, self._lease_s)
         if not isinstance(source, WorkerRef):
             raise InvalidRequest("the first message of a control stream is a hello")
         await stream.write(self._ref)
@@ -223,8 +241,9 @@ class TargetLines:
         peer = Peer(target.address, self._token)
         stream = peer.control()
         try:
-            await asyncio.wait_for(stream.write(self._ref), self._lease_s)
-            hello = await asyncio.wait_for(stream.read(), self._lease_s)
+            async with asyncio.timeout(self._lease_s):
+                await stream.write(self._ref)
+                hello = await stream.read()
             if hello != target:
                 raise StaleEpoch(f"{target.name} has been restarted")
             await _either(

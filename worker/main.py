@@ -80,7 +80,8 @@ class Reporter:
             with contextlib.suppress(BatonError):
                 await self._peer.report(self._status, REPORT_TIMEOUT_S)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), REPORT_EVERY_S)
+                async with asyncio.timeout(REPORT_EVERY_S):
+                    await self._changed.wait()
 
     async def close(self) -> None:
         if self._peer is not None:

@@ -36,7 +36,7 @@ def step(planner: ContinuousBatching, table: BlockTable, budget: int = 64) -> St
 
 def test_every_running_request_gets_one_token() -> None:
     table = BlockTable(32, BlockHasher(SIZE))
-    planner = ContinuousBatching(table, max_running=8)
+    planner = ContinuousBatching(table)
     sequences = [joined(planner, table, t, 5) for t in range(3)]
     plan = step(planner, table)
     assert [p.sequence for p in plan.slices] == sequences
@@ -45,7 +45,7 @@ def test_every_running_request_gets_one_token() -> None:
 
 def test_the_youngest_gives_way_and_comes_back() -> None:
     table = BlockTable(6, BlockHasher(SIZE))
-    planner = ContinuousBatching(table, max_running=8)
+    planner = ContinuousBatching(table)
     old, young = joined(planner, table, 1, 8), joined(planner, table, 2, 8)
     while planner.preemptions == 0:
         step(planner, table)
@@ -66,7 +66,7 @@ def test_all_finish_whatever_the_pool(blocks: int, lengths: list[int], budget: i
     """No livelock: with any pool that holds each request alone, all get their tokens within a bounded number of
     steps, and nothing leaks."""
     table = BlockTable(blocks, BlockHasher(SIZE))
-    planner = ContinuousBatching(table, max_running=8)
+    planner = ContinuousBatching(table)
     todo = []
     waiting = [(t, n) for t, n in enumerate(lengths) if table.fits(n + 12)]
     for _ in range(2000):

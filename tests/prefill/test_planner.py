@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from baton.common.hashing import BlockHasher
 from baton.engine.block_table import BlockTable
 from baton.engine.plan import StepPlan
@@ -10,9 +12,20 @@ from tests.toy import request
 SIZE = 4
 
 
-def made(blocks: int = 64, headroom: int = 0) -> tuple[ChunkedPrefill, BlockTable, list[Sequence]]:
+@dataclass
+class Batch:
+    """A decoding half."""
+
+    headroom: int
+    places: int
+
+    def join(self, sequence: Sequence) -> None:
+        raise AssertionError("the planner does not join")
+
+
+def made(blocks: int = 64, local: Batch | None = None) -> tuple[ChunkedPrefill, BlockTable, list[Sequence]]:
     table, started = BlockTable(blocks, BlockHasher(SIZE)), []
-    return ChunkedPrefill(table, lambda: headroom, started.append), table, started
+    return ChunkedPrefill(table, started.append, local), table, started
 
 
 def sequence(ticket: int, tokens: list[int], priority: int = 0) -> Sequence:
@@ -89,7 +102,19 @@ def test_a_full_pool_makes_all_wait_in_order() -> None:
 
 
 def test_headroom_is_left_to_the_decoding_half() -> None:
-    planner, table, _ = made(blocks=6, headroom=3)
+    planner, table, _ = made(blocks=6, local=Batch(headroom=3, places=8))
     planner.add(sequence(1, list(range(8))))
     planner.add(sequence(2, list(range(100, 108))))
     assert step(planner, table, 100) == [(1, 0, 8)]
+
+
+def test_no_more_are_started_than_find_a_place_in_the_batch() -> None:
+    local = Batch(headroom=0, places=1)
+    planner, table, _ = made(local=local)
+    planner.add(sequence(1, list(range(8))))
+    planner.add(sequence(2, list(range(100, 108))))
+    assert step(planner, table, 100) == [(1, 0, 8)]
+    local.places = 0  # it joined
+    assert step(planner, table, 100) == []
+    local.places = 1
+    assert step(planner, table, 100) == [(2, 0, 8)]
