@@ -6,8 +6,8 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,9 @@ class Cluster:
         """Greedy, `OUTPUT` tokens whatever the model says, unless `options` (of the HTTP body) say otherwise."""
         answer = Answer()
         if options.get("stream"):
-            async for _ in self.follow(prompt, answer, **options):
-                pass
+            async with aclosing(self.follow(prompt, answer, **options)) as events:
+                async for _ in events:
+                    pass
             return answer
         path, body = _request(prompt, options)
         response = await self.client.post(path, json=body)
@@ -78,7 +79,7 @@ class Cluster:
         answer.usage = response.json()["usage"]
         return answer
 
-    async def follow(self, prompt: Prompt, answer: Answer, **options: Any) -> AsyncIterator[None]:
+    async def follow(self, prompt: Prompt, answer: Answer, **options: Any) -> AsyncGenerator[None, None]:
         """Stream into `answer`; yields after each of its events. Leaving early disconnects."""
         path, body = _request(prompt, options | {"stream": True, "stream_options": {"include_usage": True}})
         async with self.client.stream("POST", path, json=body) as response:

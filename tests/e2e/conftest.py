@@ -59,6 +59,23 @@ async def pair(pair_serve: Serve) -> AsyncIterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
+def tight_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """A pair with 48 blocks of 16 tokens each, where 16 short requests want 96 and the longest prompt alone 38.
+    Reservations hold the prompt alone, so every output grows into what is left."""
+    flags = ("--kv-memory", "36MiB", "--max-batch-tokens", "64")
+    with running(tmp_path_factory.mktemp("tight"), *flags, config="handover: {headroom_tokens: 0}") as serve:
+        yield serve
+
+
+@pytest.fixture
+async def tight(tight_serve: Serve) -> AsyncIterator[Cluster]:
+    """A client of that pair, as above."""
+    async with connected(tight_serve) as cluster:
+        yield cluster
+        await cluster.quiet()
+
+
+@pytest.fixture(scope="session")
 def judge(request: pytest.FixtureRequest) -> Judge:
     """The reference, on the weights that `baton serve demo` serves."""
     source = models.find("demo")

@@ -112,10 +112,19 @@ class Judge:
         self.forgiven += forgiven
         assert forgiven <= FORGIVEN * tokens, f"{forgiven} of {tokens} tokens differ, all at close logits"
 
-    def _judge(self, prompt: Tokens, output: Tokens) -> Verdict:
+    def logprobs(self, prompt: Tokens, output: Tokens) -> list[float]:
+        """Log-probability of each token of `output`."""
+        logprobs = self._logits(prompt, output).log_softmax(dim=-1)
+        return [float(row[token]) for row, token in zip(logprobs, output, strict=True)]
+
+    def _logits(self, prompt: Tokens, output: Tokens) -> torch.Tensor:
+        """[output, vocabulary]: what each token of `output` was chosen from."""
         with torch.inference_mode():
-            tokens = torch.tensor([prompt + output])
-            logits = self.model(tokens, logits_to_keep=len(output) + 1).logits[0, :-1]  # [output, vocabulary]
+            logits: torch.Tensor = self.model(torch.tensor([prompt + output]), logits_to_keep=len(output) + 1).logits
+        return logits[0, :-1]
+
+    def _judge(self, prompt: Tokens, output: Tokens) -> Verdict:
+        logits = self._logits(prompt, output)
         best = logits.max(dim=-1).values
         behind = best - logits.gather(1, torch.tensor([output]).T)[:, 0]
         chosen = logits.argmax(dim=-1) == torch.tensor(output)

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 
 import psutil
 import pytest
@@ -70,8 +71,9 @@ class Streams:
         await asyncio.wait(self._tasks)
 
     async def _follow(self, prompt: Prompt, answer: Answer) -> None:
-        async for _ in self._cluster.follow(prompt, answer):
-            pass
+        async with aclosing(self._cluster.follow(prompt, answer)) as events:
+            async for _ in events:
+                pass
 
     async def begun(self, tokens: int) -> None:
         """Until each of them has so many tokens."""

@@ -1,0 +1,95 @@
+"""A storm of requests that end in every way there is; soon after, every worker's books are empty and balance."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import aclosing
+
+import httpx
+import pytest
+
+from tests.e2e.cluster import Answer, Cluster
+from tests.e2e.prompts import ALL, Prompt, talk
+from tests.e2e.reference import Judge
+
+pytestmark = pytest.mark.timeout(300)
+
+CLIENTS = 16
+REQUESTS = 5
+"""Of each client, one after the other."""
+
+Finished = tuple[Prompt, Answer]
+
+
+def distinct(prompt: Prompt, number: int) -> Prompt:
+    """Nobody has asked this before: it has to be computed and handed over."""
+    if isinstance(prompt, str):
+        return f"{number} {prompt}"
+    return [*talk(f"This is question {number}.", "Go on."), *prompt]
+
+
+async def one(cluster: Cluster, rng: random.Random, number: int) -> Finished | None:
+    """A random request, and its end: by itself, by a client that leaves, or by a timeout before anything came."""
+    prompt, answer = rng.choice(ALL), Answer()
+    options = {"max_tokens": rng.choice([1, 2, 8, 24, 64])}
+    match rng.choice(["finish", "finish", "leave", "leave", "impatient", "impatient", "samples", "stop"]):
+        case "finish":
+            return prompt, await cluster.ask(prompt, **options, stream=rng.random() < 0.5)
+        case "leave":
+            events = rng.randrange(1, 12)
+            async with aclosing(cluster.follow(distinct(prompt, number), answer, max_tokens=200)) as follow:
+                async for _ in follow:
+                    if len(answer.pieces) >= events:
+                        break
+        case "impatient":
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(rng.choice([0.01, 0.1, 0.3, 0.6])):
+                    await cluster.ask(distinct(prompt, number), max_tokens=200, stream=rng.random() < 0.5)
+        case "samples":
+            await cluster.ask(prompt, n=3, max_tokens=16, temperature=1.0)
+        case "stop":
+            await cluster.ask(prompt, stop=["e", " "], max_tokens=64)
+    return None
+
+
+async def client(cluster: Cluster, seed: int) -> list[Finished]:
+    rng, finished = random.Random(seed), []
+    for number in range(REQUESTS):
+        await asyncio.sleep(rng.random() * 0.2)
+        if done := await one(cluster, rng, seed * REQUESTS + number):
+            finished.append(done)
+    return finished
+
+
+async def storm(cluster: Cluster, judge: Judge) -> None:
+    aborted = await cluster.metric("baton_handover_aborts_total")
+    done = [f for some in await asyncio.gather(*(client(cluster, seed) for seed in range(CLIENTS))) for f in some]
+    await cluster.quiet()
+    assert await cluster.metric("baton_router_requests") == 0
+    assert await cluster.metric("baton_handover_aborts_total") > aborted, "no handover was cancelled"
+    judge.check([(judge.encode(prompt), tuple(answer.tokens)) for prompt, answer in done])
+
+
+async def test_with_room_for_all(pair: Cluster, judge: Judge) -> None:
+    await storm(pair, judge)
+
+
+async def test_where_requests_are_preempted(tight: Cluster, judge: Judge) -> None:
+    before = (await tight.reports())["decode-0"].preemptions
+    await storm(tight, judge)
+    assert (await tight.reports())["decode-0"].preemptions > before
+
+
+async def test_disconnects_while_nothing_has_come(pair: Cluster) -> None:
+    """All at once, from connections that close without a word more."""
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 500, "ignore_eos": True}
+    headers = pair.client.headers
+    async with httpx.AsyncClient(base_url=pair.serve.url, headers=headers) as client:
+        tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(32)]
+        await asyncio.sleep(0.5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    await pair.quiet()
+    assert await pair.metric("baton_router_requests") == 0
