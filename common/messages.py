@@ -137,6 +137,8 @@ class Load:
     """Seconds since the engine loop last went round: a loop that hangs while the process answers shows here."""
     handover_exposed_seconds: float = 0.0
     """The part of `handover_seconds` that does not hide behind compute: from the first token to the acknowledgement."""
+    decode_batch: float = 0.0
+    """Requests in the steps that `decode_step_s` is the time of, smoothed alike."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ IDLE_WAIT_S = 0.05
 MAX_FAILURES = 3
 """Steps that may fail one after the other before the loop gives up and the process ends."""
 
-OUTLIER = 4.0
+OUTLIER = 2.0
 """A decode step counts for at most this many times what steps took before."""
 
 
@@ -138,6 +138,7 @@ class EngineLoop:
             # would keep the router away, and with it the steps that tell better.
             most = OUTLIER * stats.decode_step_s or seconds
             stats.decode_step_s = _smooth(stats.decode_step_s, min(seconds, most))
+            stats.decode_batch = _smooth(stats.decode_batch, len(plan.slices))
 
     def load(self) -> Load:
         """How busy this worker is now."""
@@ -152,6 +153,7 @@ class EngineLoop:
             reserved_blocks=sum(role.reserved_blocks for role in self.roles),
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_step_s=stats.decode_step_s,
+            decode_batch=stats.decode_batch,
             steps=stats.steps,
             preemptions=stats.preemptions,
             prompt_tokens=stats.prompt_tokens,

@@ -43,6 +43,7 @@ class Stats:
     handover_aborts: dict[str, int] = field(default_factory=dict)
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
+    decode_batch: float = 0.0
 
     def aborted(self, code: str) -> None:
         self.handover_aborts[code] = self.handover_aborts.get(code, 0) + 1

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..common.messages import Load
 from ..common.types import Role
 from .fleet import Worker
 
@@ -72,12 +73,12 @@ class _Rates:
     @classmethod
     def of(cls, workers: Sequence[Worker]) -> _Rates:
         loads = [w.load for w in workers if w.load]
-        seconds = sum(load.handover_seconds for load in loads)
+        seconds = sum(load.handover_exposed_seconds for load in loads)  # what hides behind compute costs nobody
         moved = sum(load.handover_bytes for load in loads)
         return cls(
             _mean([load.prefill_tokens_per_s for load in loads], DEFAULT_PREFILL_RATE),
             moved / seconds if seconds > 0 and moved > 0 else DEFAULT_BANDWIDTH,
-            _mean([load.decode_step_s for load in loads], DEFAULT_STEP_S),
+            _mean([_alone(load) for load in loads], DEFAULT_STEP_S),
         )
 
 
@@ -125,14 +126,18 @@ def _transfer_cost(worker: Worker, demand: Demand, cached: Mapping[str, int], ra
 
 def _decode_cost(worker: Worker, demand: Demand, rates: _Rates) -> float:
     running = worker.batch
-    reported = worker.load.running if worker.load else 0
-    step = (worker.load.decode_step_s if worker.load else 0.0) or rates.step_s
-    alone = step / (1 + BATCH_SLOPE * reported)
+    alone = (_alone(worker.load) if worker.load else 0.0) or rates.step_s
     mine = alone * (1 + BATCH_SLOPE * (running + 1))
     theirs = alone * BATCH_SLOPE * running
     ahead = min(demand.max_new, DECODE_HORIZON)
     short = _missing_blocks(worker, demand.tokens + ahead, {}) > worker.available_blocks
     return ahead * (mine + theirs) + (SHORT_OF_ROOM_S if short else 0.0)
+
+
+def _alone(load: Load) -> float:
+    """Seconds of a step that decodes next to nothing; 0 until one has been measured. What was measured is the step of
+    some batch, and an idle worker must not be taken for as slow as it was when it was full."""
+    return load.decode_step_s / (1 + BATCH_SLOPE * load.decode_batch)
 
 
 def _uncached(worker: Worker, demand: Demand, cached: Mapping[str, int]) -> int:

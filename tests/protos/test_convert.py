@@ -45,7 +45,7 @@ hashes = st.lists(st.binary(min_size=16, max_size=16), max_size=3).map(tuple)
 counts = st.dictionaries(text, u64, max_size=2).map(lambda d: tuple(sorted(d.items())))
 load = st.builds(
     m.Load, u32, u32, u64, u32, u32, u32, u32, number, number, u64, u64, u64, u64, u64, u64, u64, number, u64, counts,
-    number, number,
+    number, number, number,
 )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_a_queue_that_only_the_worker_knows_of_counts_as_well() -> None:
 
 
 def test_decode_worker_that_caches_the_prefix_saves_the_transfer() -> None:
-    far = load(handover_bytes=1000 * KV_BYTES, handover_seconds=10.0)
+    far = load(handover_bytes=1000 * KV_BYTES, handover_exposed_seconds=10.0)
     workers = pair(worker("e", Role.DECODE, far))
     for turn in range(2):
         assert names(choose(workers, PROMPT, {"e": 80}, turn)) == ("p", "e")
@@ -148,3 +148,20 @@ def test_sessions_stick_to_their_worker_and_imbalance_does_not_end_all_affinity(
     assert "a" not in moved
     kept = sum(home == name for home, name in zip("abcd" * 10, moved, strict=True))
     assert kept >= 20  # of 30
+
+
+def test_an_idle_worker_is_not_as_slow_as_it_was_when_it_was_full() -> None:
+    """What it measured last is the step of sixteen; alone, a request would decode as fast there as anywhere."""
+    idle = worker("idle", load_=load(decode_step_s=0.015, decode_batch=16.0))
+    busy = worker("busy", load_=load(decode_step_s=0.011, decode_batch=4.0, running=4))
+    assert names(choose([busy, idle], PROMPT, {}, 0)) == ("idle", None)
+
+
+def test_what_hides_behind_compute_is_no_cost_of_a_transfer() -> None:
+    """Handovers that wait seconds for their prompts to be computed, and expose milliseconds, keep nobody at the
+    decode worker that has the prefix."""
+    moved = load(handover_bytes=1_000_000, handover_seconds=100.0, handover_exposed_seconds=0.1)
+    source = worker("p", Role.PREFILL, load_=moved)
+    holder = worker("holder", Role.DECODE, load_=load(running=4))
+    other = worker("other", Role.DECODE)
+    assert names(choose([source, holder, other], PROMPT, {"holder": 96}, 0)) == ("p", "other")
