@@ -112,11 +112,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int, max_tokens: int) -> Tokenizer:
-        """From `folder`/tokenizer.json. Texts that cannot be `max_tokens` or shorter are refused untokenised."""
+        """From `folder`/tokenizer.json. Texts that cannot be `max_tokens` or shorter are refused untokenised. Raises
+        `InvalidRequest` where the file is missing or damaged."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise InvalidRequest(f"{path} is missing: the gateway needs the model's tokenizer", param="model")
-        return cls(tokenizers.Tokenizer.from_file(str(path)), vocab_size, max_tokens)
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise InvalidRequest(f"{path} is not a tokenizer: {error}", param="model") from error
+        return cls(tokenizer, vocab_size, max_tokens)
 
     async def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         """Token ids of `text`; `special` adds what the tokenizer puts around a text (the beginning-of-text token).

@@ -18,7 +18,7 @@ from baton.common.config import GatewayConfig, RouterConfig
 from baton.common.errors import BatonError
 from baton.common.messages import Members, WorkerStatus
 from baton.common.types import Role
-from baton.gateway.main import run
+from baton.gateway.main import _listen, run
 from baton.protos.rpc import controller_handlers, listen, make_server
 from tests.fake_worker import VOCAB, FakeWorker, fleet
 
@@ -186,3 +186,9 @@ async def test_an_address_that_cannot_be_had_is_a_clear_error(model_dir: Path, h
 async def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(BatonError, match=r"config\.json is missing"):
         await run(GatewayConfig(model=str(tmp_path), model_name="tiny"))
+
+
+def test_it_listens_where_the_system_has_no_timeout_for_unread_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "TCP_USER_TIMEOUT", raising=False)  # macOS
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.getsockname()[1] > 0

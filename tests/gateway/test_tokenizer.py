@@ -145,3 +145,10 @@ def test_streams_do_not_share_state() -> None:
         texts["other"] += other.push(random.Random(0).choice(BYTE_LEVEL._encode("a", False)))
     assert texts["one"] + one.flush() == "東京"
     assert texts["other"] == "a" * len(tokens)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(InvalidRequest, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.load(tmp_path, 512, 4096)
