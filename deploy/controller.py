@@ -84,8 +84,10 @@ def has_chat_template(model: Path) -> bool:
     """Whether the checkpoint folder says how a conversation becomes a prompt."""
     if (model / "chat_template.jinja").is_file():
         return True
-    with contextlib.suppress(OSError, ValueError):
-        return bool(json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((model / name).read_text(encoding="utf-8")).get("chat_template"):
+                return True
     return False
 
 

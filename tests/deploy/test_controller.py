@@ -284,5 +284,7 @@ def test_the_first_request_fits_the_model(tmp_path: Path) -> None:
     assert "secret" not in plain
     assert "$BATON_API_KEY" in plain
     assert "it'\\''s" in plain
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    assert "/v1/chat/completions" in curl_line(Endpoint("127.0.0.1", 80), gateway)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        (tmp_path / name).write_text(json.dumps({"chat_template": "{{ messages }}"}))
+        assert "/v1/chat/completions" in curl_line(Endpoint("127.0.0.1", 80), gateway)
+        (tmp_path / name).unlink()
