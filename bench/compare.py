@@ -18,7 +18,7 @@ from typing import Protocol
 
 from ..common.errors import BatonError
 from .client import Target
-from .load import closed_loop, first_model
+from .load import Run, closed_loop, first_model
 from .systems import Reference, baton, reference
 from .wire import HttpClient
 from .workload import Job, Words
@@ -93,7 +93,7 @@ class System(Protocol):
         ...
 
     async def long(self, prompts: Sequence[Ids], measured: Measured) -> None:
-        """TTFT of each of these prompts, one at a time."""
+        """TTFT of each of these prompts, one at a time. Raises `BatonError` where one fails."""
         ...
 
 
@@ -105,10 +105,7 @@ class BatonSystem:
     target: Target
 
     async def burst(self, prompts: Sequence[Ids], output_len: int, width: int) -> Burst:
-        run = await closed_loop(self.http, self.target, [Job(0.0, p, output_len) for p in prompts], width)
-        for sample in run.samples:
-            if sample.error:
-                raise BatonError(f"a request failed: {sample.error} {sample.detail}")
+        run = await self._run(prompts, output_len, width)
         return Burst(
             sum(sample.tokens for sample in run.samples) / run.wall_s,
             [sample.ttft for sample in run.samples],
@@ -117,12 +114,19 @@ class BatonSystem:
 
     async def long(self, prompts: Sequence[Ids], measured: Measured) -> None:
         before = await self._counters()
-        run = await closed_loop(self.http, self.target, [Job(0.0, p, LONG_OUTPUT) for p in prompts], 1)
-        measured.long_ttft += [sample.ttft for sample in run.samples if not sample.error]
-        measured.timelines += [sample.timeline for sample in run.samples if not sample.error]
+        run = await self._run(prompts, LONG_OUTPUT, 1)
+        measured.long_ttft += [sample.ttft for sample in run.samples]
+        measured.timelines += [sample.timeline for sample in run.samples]
         for name, value in (await self._counters()).items():
             measured.handover[name] = measured.handover.get(name, 0.0) + value - before.get(name, 0.0)
         measured.handover["requests"] = measured.handover.get("requests", 0.0) + len(prompts)
+
+    async def _run(self, prompts: Sequence[Ids], output_len: int, width: int) -> Run:
+        run = await closed_loop(self.http, self.target, [Job(0.0, p, output_len) for p in prompts], width)
+        for sample in run.samples:
+            if sample.error:
+                raise BatonError(f"a request failed: {sample.error} {sample.detail}")
+        return run
 
     async def _counters(self) -> dict[str, float]:
         """Totals of everything that /metrics tells about handovers, summed over workers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "msgpack", "msgspec", "xxhash")
+NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "pytest")
 
 
 def problems() -> list[str]:

@@ -63,13 +63,15 @@ def model_folder(model: str) -> Path:
 @asynccontextmanager
 async def baton(model: Path, shape: Sequence[str], threads: int) -> AsyncIterator[HttpClient]:
     """`baton serve MODEL` in a shape such as ("--colocated", "1"), with `threads` for all its workers together.
-    Raises `NotReady`, with the end of its log, where it does not start."""
+    It asks for no key, whatever the environment says. Raises `NotReady`, with the end of its log, where it does not
+    start."""
     port = free_port()
     arguments = [BATON, "serve", str(model), *shape, "--threads", str(threads), "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         child = await asyncio.create_subprocess_exec(
-            *arguments, stdout=log, stderr=log, start_new_session=True, preexec_fn=_drain_with_parent
-        )
+            *arguments, stdout=log, stderr=log, start_new_session=True, preexec_fn=_drain_with_parent,
+            env={name: value for name, value in os.environ.items() if name != "BATON_API_KEY"},
+        )  # fmt: skip
         http = HttpClient(f"http://127.0.0.1:{port}")
         try:
             await _ready_or_dead(http, child)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from baton.bench import compare, verdict
+from baton.bench import compare, systems, verdict
 from baton.bench.client import Target
 from baton.bench.compare import COLOCATED, HALF, PAIR, TRANSFORMERS, BatonSystem, Burst, Measured, Plan
 from baton.bench.compare import TransformersSystem as Transformers
 from baton.bench.systems import Generated
 from baton.bench.wire import HttpClient
-from baton.common.errors import BatonError
+from baton.common.errors import BatonError, NotReady
 from tests.bench.fake_server import fake_server
 
 
@@ -65,6 +65,8 @@ async def test_baton_is_measured_through_http():
         await system.long([(1, 2)] * 2, measured)
         with pytest.raises(BatonError, match="http_429"):
             await BatonSystem(http, Target("busy")).burst([(1, 2)], 3, 1)
+        with pytest.raises(BatonError, match="http_429"):
+            await BatonSystem(http, Target("busy")).long([(1, 2)], Measured())
         http.close()
     assert len(burst.ttft) == 4 and len(burst.itl) == 8 and burst.tokens_per_s > 0
     assert len(measured.long_ttft) == 2 and measured.timelines == [{"first_token": 0.5}] * 2
@@ -119,3 +121,15 @@ def test_a_comparison_without_transformers_has_no_ratio_and_no_verdict():
     assert document["timeline_512_s"] == {COLOCATED: {"routed": pytest.approx(0.2)}}
     console = Console(width=160, record=True, quiet=True)
     console.print(verdict.table(results, 40.0))
+
+
+async def test_a_server_to_be_measured_asks_for_no_key(monkeypatch, tmp_path):
+    """Whoever has used one has its key in the environment, where the server would find it."""
+    server = tmp_path / "baton"
+    server.write_text('#!/bin/sh\necho "key: ${BATON_API_KEY-none}"\nexit 3\n')
+    server.chmod(0o755)
+    monkeypatch.setattr(systems, "BATON", str(server))
+    monkeypatch.setenv("BATON_API_KEY", "secret")
+    with pytest.raises(NotReady, match="ended with code 3\nkey: none"):
+        async with systems.baton(tmp_path, (), 1):
+            pass

@@ -80,6 +80,16 @@ def test_speed_counts_tokens(tmp_path, monkeypatch):
     assert found.prefill_tokens_per_s > 0 and found.limit_tokens_per_s > 0
 
 
+def test_it_asks_for_what_it_loads_and_no_more():
+    """A package that is wanted for nothing would keep the check from running where it could."""
+    code = "import sys, baton.bench.gpu_engine, tests.tiny, pytest; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=root
+    )
+    assert set(gpu_needs.NEEDED) <= set(done.stdout.split())
+
+
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(gpu_needs, "NEEDED", ("json", "no_such_package"))
     assert "no_such_package" in gpu_needs.problems()[0] and "json" not in gpu_needs.problems()[0]
