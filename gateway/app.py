@@ -41,12 +41,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody), tags=["text"])
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events, one for each token."""
-        return await service.chat(await _read(request, service, ChatBody), _caller(request))
+        with service.metrics.refusals():
+            return await service.chat(await _read(request, service, ChatBody), _caller(request))
 
     @app.post("/v1/completions", openapi_extra=_takes(CompletionBody), tags=["text"])
     async def completions(request: Request) -> Response:
         """Continue one or several prompts."""
-        return await service.complete(await _read(request, service, CompletionBody), _caller(request))
+        with service.metrics.refusals():
+            return await service.complete(await _read(request, service, CompletionBody), _caller(request))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
+
+from ..common.errors import BatonError
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -51,9 +54,20 @@ class Metrics:
         self.prompt_tokens = self._counter("baton_prompt_tokens", "Prompt tokens of finished requests.")
         self.cached_tokens = self._counter("baton_cached_prompt_tokens", "Those of them found in a prefix cache.")
         self.output_tokens = self._counter("baton_output_tokens", "Output tokens that reached the gateway.")
-        self.requests = Counter("baton_requests", "HTTP requests for text.", ["outcome"], registry=self.registry)
+        self.requests = Counter(
+            "baton_requests", "HTTP requests for text, by how they ended.", ["outcome"], registry=self.registry
+        )
         self.registry.register(_Histograms((self.ttft, self.itl, self.e2e, self.queue_wait)))
         self.registry.register(extra)
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Count a request that ends here with a `BatonError`, before anything was generated for it."""
+        try:
+            yield
+        except BatonError as error:
+            self.requests.labels(error.code).inc()
+            raise
 
     def arrived(self, waited_s: float, tokens: int, *, first: bool) -> None:
         """Tokens of one stream that came together, `waited_s` after those before them."""

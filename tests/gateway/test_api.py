@@ -439,6 +439,21 @@ async def test_metrics_count_what_has_happened(gateway: Gateway, http: httpx.Asy
         assert float(lines[f'{name}_bucket{{le="+Inf"}}']) == float(lines[f"{name}_count"]) > 0
 
 
+async def test_refused_requests_are_counted_once_by_their_code(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    for path, body in [("chat/completions", CHAT), ("completions", PLAIN)]:
+        await http.post(f"/v1/{path}", json={**body, "temperature": 9})
+        await http.post(f"/v1/{path}", content=b"{")
+        await http.post(f"/v1/{path}", json={**body, "model": "other"})
+    gateway.router.refusal = Overloaded("full")
+    await http.post("/v1/completions", json=PLAIN)
+    lines = (await http.get("/metrics")).text.splitlines()
+    assert [line for line in lines if line.startswith("baton_requests_total")] == [
+        'baton_requests_total{outcome="invalid_value"} 4.0',
+        'baton_requests_total{outcome="model_not_found"} 2.0',
+        'baton_requests_total{outcome="overloaded"} 1.0',
+    ]
+
+
 async def test_the_openapi_page_describes_every_body(http: httpx.AsyncClient) -> None:
     page = (await http.get("/openapi.json")).json()
     schemas = page["components"]["schemas"]
