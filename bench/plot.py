@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.errors import BatonError
 from .load import Run
 from .report import Summary
 
@@ -18,7 +19,7 @@ def _figure(columns: int) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise RuntimeError("plots need matplotlib: pip install 'baton[bench]'") from error
+        raise BatonError("plots need matplotlib: pip install 'baton[bench]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from baton.bench import machine, plot, record, report
 from baton.bench.client import Sample
 from baton.bench.load import Run
 from baton.bench.report import Quantiles, Slo, summarise
-from baton.common.errors import InvalidRequest
+from baton.common.errors import BatonError, InvalidRequest
 
 
 def sample(ttft: float, gap: float, tokens: int = 3, error: str = "") -> Sample:
@@ -84,3 +85,9 @@ def test_bandwidth_and_weights(tmp_path):
     assert machine.weight_bytes(tmp_path) == 100
     with pytest.raises(InvalidRequest):
         machine.weight_bytes(tmp_path / "none")
+
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes its import fail as a missing module's does
+    with pytest.raises(BatonError, match="pip install"):
+        plot.draw_comparison(tmp_path / "b.png", {}, 1.0, "title")
