@@ -60,10 +60,11 @@ async def pair(pair_serve: Serve) -> AsyncIterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def tight_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """A pair with 48 blocks of 16 tokens each, where 16 short requests want 96 and the longest prompt alone 38.
-    Reservations hold the prompt alone, so every output grows into what is left."""
-    flags = ("--kv-memory", "36MiB", "--max-batch-tokens", "64")
-    with running(tmp_path_factory.mktemp("tight"), *flags, config="handover: {headroom_tokens: 0}") as serve:
+    """A pair with 41 blocks of 16 tokens each, where 16 short requests want 96 and the longest prompt alone 38.
+    Reservations hold the prompt alone, so every output grows into what is left; a long prompt may wait for its room."""
+    flags = ("--kv-memory", "29MiB", "--max-batch-tokens", "64")
+    config = "handover: {headroom_tokens: 0}\nrouter: {place_timeout_s: 80}"
+    with running(tmp_path_factory.mktemp("tight"), *flags, config=config) as serve:
         yield serve
 
 
