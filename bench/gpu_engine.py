@@ -231,14 +231,15 @@ def main() -> int:
             path = checkpoint(Path(folder) / str(number), **shape)
             found.append(agreement(name, path, shape["vocab_size"], options.device))
             print(found[-1], "agrees" if found[-1].good else "DOES NOT AGREE", flush=True)
-    speeds = []
-    for name in options.models.split():
-        speeds.append(speed(name, options.device, options.kv_gib << 30))
-        print(speeds[-1], flush=True)
     device = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
-    results = {"device": device, "agreement": [asdict(a) for a in found], "speed": [asdict(s) for s in speeds]}
     parameters = {"torch": torch.__version__, "kv_gib": options.kv_gib}
-    path = write("gpu_engine", "gpu_engine", results, parameters, options.out)
+    speeds: list[Speed] = []
+    for name in ("", *options.models.split()):  # written after each, so that a run cut short leaves what it found
+        if name:
+            speeds.append(speed(name, options.device, options.kv_gib << 30))
+            print(speeds[-1], flush=True)
+        results = {"device": device, "agreement": [asdict(a) for a in found], "speed": [asdict(s) for s in speeds]}
+        path = write("gpu_engine", "gpu_engine", results, parameters, options.out)
     print(f"wrote {path.name}")
     return 0 if all(a.good for a in found) else 1
 

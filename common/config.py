@@ -109,7 +109,7 @@ class GatewayConfig:
     block_size: int = 16
     max_model_len: int = 0
     request_timeout_s: float = 600.0
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 8 << 20
     max_stream_backlog: int = 4096
     """Tokens that a client may leave unread before its request is aborted."""
     drain_s: float = 30.0

@@ -30,6 +30,7 @@ from .members import MemberTable
 from .supervisor import RestartPolicy, Supervisor
 
 GATEWAY = "gateway"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 START_TIMEOUT_S = 600.0
 """How long a start may go on without any worker's state or progress changing."""
 POLL_S = 0.2
@@ -134,6 +135,8 @@ class Controller:
             await self._first(self._become_ready())
             if self._serving:
                 show.cancel()
+                if not (self._gateway.api_keys or self._endpoint.host in LOOPBACK):
+                    self._display.note(f"anyone who reaches {self._endpoint.host} can use this server: no --api-key")
                 self._display.ready(self._endpoint.url, curl_line(self._endpoint, self._gateway))
                 await self._first(self._stop.wait())
         finally:

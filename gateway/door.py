@@ -20,8 +20,8 @@ from ..common.errors import BatonError, Unauthorized
 from .errors import error_body, error_headers
 from .service import Caller
 
-_OPEN = frozenset(("/health", "/ready", "/metrics", "/version"))
-"""What probes and scrapers read: needs no key."""
+_OPEN = frozenset(("/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json"))
+"""What probes and scrapers read, and what the API looks like: needs no key."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 

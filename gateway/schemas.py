@@ -23,6 +23,8 @@ from pydantic import (
 from ..common.errors import InvalidRequest
 from ..common.types import MAX_LOGPROBS, SamplingParams
 
+MAX_MESSAGES = 4096
+"""Messages of a conversation, and parts of a message: checking and rendering them holds up the event loop."""
 MAX_CHOICES = 128
 """Outputs of one HTTP request at most: prompts × n."""
 MAX_STOPS = 16
@@ -139,7 +141,7 @@ class Message(StrictBody):
     role: Literal["system", "developer", "user", "assistant"]
     content: (
         Annotated[
-            Annotated[str, Tag("~text")] | Annotated[list[TextPart], Tag("~parts")],
+            Annotated[str, Tag("~text")] | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES), Tag("~parts")],
             Discriminator(
                 _content_kind,
                 custom_error_type="content",
@@ -164,7 +166,7 @@ class Message(StrictBody):
 
 
 class ChatBody(SamplingBody):
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Goes before max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -206,7 +208,7 @@ class TokenizeBody(StrictBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool = Field(True, description="Of a prompt; a chat template brings its own.")
 
 

@@ -62,7 +62,7 @@ class Serve:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | (env or {}),
+                env={k: v for k, v in os.environ.items() if k != "BATON_API_KEY"} | (env or {}),
             )
         return cls(log, process)
 

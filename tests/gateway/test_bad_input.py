@@ -77,6 +77,7 @@ CHAT_ERRORS: list[tuple[str, Any]] = [
     ("messages", None),
     ("messages", []),
     ("messages", "Hi"),
+    ("messages", [{"role": "user", "content": "x"}] * 4097),
     ("messages.0", ["Hi"]),
     ("messages.0.role", [{"role": "tool", "content": "x"}]),
     ("messages.0.role", [{"content": "x"}]),
@@ -260,7 +261,7 @@ async def test_keys(make_gateway: MakeGateway) -> None:
         for key in ("key-one", "key-two", "key-one"):
             answered = await http.post(path, json=GOOD[path], headers={"authorization": f"Bearer {key}"})
             assert answered.status_code == 200
-        for url in ("/health", "/ready", "/metrics", "/version"):
+        for url in ("/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json"):
             assert (await http.get(url)).status_code == 200
     one, two, again = (stream.request.tenant for stream in gateway.router.streams)
     assert one == again != two
