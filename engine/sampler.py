@@ -18,6 +18,10 @@ from .plan import Sampled
 from .sequence import Sequence
 
 _MASK = (1 << 64) - 1
+_COLDEST = 1e-5
+"""Lower temperatures count as this one, which is greedy in all but name: float32 overflows before they are used up."""
+_HOTTEST = 1e30
+"""Bound of a logit that a repetition penalty near 0 has raised, so that it stays finite at any temperature."""
 _NUCLEUS = 256
 """Most probable tokens that are looked at before a whole row is sorted for top_p."""
 
@@ -86,7 +90,7 @@ def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
         seen = _index(sorted(set(sequence.tokens)), row)
         values = row[seen]
         scaled = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        row[seen] = scaled
+        row[seen] = scaled.clamp(max=_HOTTEST)
     output = sequence.tokens[sequence.prompt_len :]
     if output and (params.presence_penalty or params.frequency_penalty):
         distinct, counts = np.unique(np.asarray(output, dtype=np.int64), return_counts=True)
@@ -99,7 +103,8 @@ def _draw(logits: torch.Tensor, sequences: Rowwise[Sequence]) -> list[int]:
     """One token for each row of logits [R, V], all of which sample."""
     params = [s.params for s in sequences]
     device = logits.device
-    logits = logits / torch.tensor([p.temperature for p in params], dtype=logits.dtype, device=device)[:, None]
+    temperatures = torch.tensor([max(p.temperature, _COLDEST) for p in params], dtype=logits.dtype, device=device)
+    logits = logits / temperatures[:, None]
     for row, p in enumerate(params):
         if p.top_k and p.top_k < logits.shape[1]:
             least = logits[row].topk(p.top_k).values[-1]

@@ -51,6 +51,25 @@ def test_uniform_numbers_are_even_and_unrelated() -> None:
     assert uniform(2**64 - 1, 2**31) != uniform(2**64 - 2, 2**31)
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-30},
+        {"temperature": 1e-40},  # what a logit is divided by: 0 or next to it in float32
+        {"temperature": 1e-320},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e-40, "temperature": 1e-40},
+    ],
+)
+def test_extreme_values_draw_a_token_of_the_vocabulary(extreme: dict[str, float]) -> None:
+    """An index beyond it would fail the next step, and with it everybody in the batch."""
+    row, target = logits(), sequence(prompt=(3, 4, 5, 6), **extreme)
+    target.params.validate(VOCABULARY)
+    row[5] = 3.0
+    token = sample(row, target)[0].token
+    assert token == 5 if "repetition_penalty" in extreme else token == int(row.argmax())
+
+
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
     row = logits()
     target = sequence(prompt=(1, 2, 3), output=(4,), seed=77)
