@@ -157,10 +157,10 @@ class DecodeRole:
             raise PoolFull(f"{len(request.tokens)} tokens are more than this worker's whole pool")
         if len(self._incoming) >= context.handover.max_sending:
             raise PoolFull(f"{len(self._incoming)} handovers are coming in already")
-        if self.places <= 0:
-            raise PoolFull(f"the batch is full: {context.limits.max_running} requests")
         if self._planner.preempted:
             raise PoolFull("preempted requests wait for room here")
+        if self.places <= 0:
+            raise PoolFull(f"the batch is full: {context.limits.max_running} requests")
 
     # --- from reservation to batch ---
 
@@ -209,6 +209,8 @@ class DecodeRole:
                 incoming.state.fed(touched)
             if incoming.state.expired(now):
                 self._abort(incoming, HandoverFailed("the lease ran out"))
+            elif now >= incoming.sequence.deadline:  # a source that hangs in a step still renews
+                self._abort(incoming, DeadlineExceeded("the deadline passed before the first token"))
         for sequence in [s for s in self._decoding.values() if now >= s.deadline]:
             self._fail(sequence, DeadlineExceeded("the deadline passed"))
 
@@ -259,7 +261,9 @@ class DecodeRole:
 
     @property
     def places(self) -> int:
-        """Requests that may still come in."""
+        """Requests that may still come in: none while preempted ones wait, whose room they would take."""
+        if self._planner.preempted:
+            return 0
         return self._context.limits.max_running - len(self._decoding) - len(self._incoming)
 
     @property

@@ -45,6 +45,8 @@ class EngineLoop:
         self._kv_seq = 0
         self._failures = 0
         self.last_round = clock.now()
+        self.last_load = self.load()
+        """For heartbeats, on any thread: a round that only frees something changes the load and has nothing to say."""
 
     def run(self, stop: threading.Event) -> None:
         """Go round until `stop` is set. Raises `EngineFailure` after `MAX_FAILURES` failed steps in a row."""
@@ -73,8 +75,7 @@ class EngineLoop:
             role.tick(now)
         computed = self._compute(now)
         self._tell_changes()
-        if mail := self.context.outbox.flush(self.load):
-            self._deliver(mail)
+        self._tell()
         return computed
 
     def _compute(self, now: float) -> bool:
@@ -85,8 +86,7 @@ class EngineLoop:
             owners += [role] * (len(plan.slices) - len(owners))
         if not plan.slices:
             return False
-        if mail := self.context.outbox.flush(self.load):  # what the plan has to say need not wait for the step
-            self._deliver(mail)
+        self._tell()  # what the plan has to say need not wait for the step
         try:
             results = self._runner.run(plan, self._on_layer)
         except EngineFailure as error:
@@ -110,11 +110,15 @@ class EngineLoop:
         for part, owner in zip(plan.slices, owners, strict=True):
             owner.failed(part, error)
         if self._failures >= MAX_FAILURES:
-            if mail := self.context.outbox.flush(self.load):
-                self._deliver(mail)
+            self._tell()
             raise EngineFailure(f"{MAX_FAILURES} steps failed in a row; the last: {error}")
 
     # --- telling ---
+
+    def _tell(self) -> None:
+        self.last_load = self.load()
+        if mail := self.context.outbox.flush(self.last_load):
+            self._deliver(mail)
 
     def _tell_cache(self, router: str) -> None:
         self._tell_changes()  # what others are owed comes first, so that one number stands for one state

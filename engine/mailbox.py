@@ -188,11 +188,10 @@ class Outbox:
     def to_source(self, source: WorkerRef, message: TargetMessage) -> None:
         self._to_sources.append((source, message))
 
-    def flush(self, load: Callable[[], Load]) -> Mail | None:
+    def flush(self, load: Load) -> Mail | None:
         """Everything since the last flush, the load with each report; None if there is nothing to say."""
         if not (self._reports or self._to_targets or self._to_sources):
             return None
-        now = load() if self._reports else None
         reports = {
             router: StepReport(
                 tuple(r.tokens),
@@ -201,7 +200,7 @@ class Outbox:
                 tuple(r.finished),
                 tuple(r.failed),
                 tuple(r.kv),
-                now,
+                load,
             )
             for router, r in self._reports.items()
             if router in self.routers

@@ -99,7 +99,6 @@ class Worker:
         )  # fmt: skip
         roles = make_roles(config.role, context, self._inlet, self.outlet, engine.pool.num_layers)
         self.loop = EngineLoop(context, roles, engine.runner, self.inbox, clock, self._deliver)
-        self._load = self.loop.load()
         info = WorkerInfo(
             ref=self.ref,
             role=config.role,
@@ -158,8 +157,6 @@ class Worker:
 
     def _send(self, mail: Mail) -> None:
         for router, report in mail.reports.items():
-            if report.load is not None:
-                self._load = report.load
             self._routers.tell(router, report)
         for target, to_target in mail.to_targets:
             self._targets.send(target, to_target)
@@ -167,8 +164,8 @@ class Worker:
             self._sources.send(source, to_source)
 
     def _last_load(self) -> Load:
-        """The load that the loop told last, with the time since it last went round."""
-        return replace(self._load, loop_age_s=max(0.0, self._clock.now() - self.loop.last_round))
+        """The load after the loop's last round, with the time since then."""
+        return replace(self.loop.last_load, loop_age_s=max(0.0, self._clock.now() - self.loop.last_round))
 
 
 def _resolve(reply: asyncio.Future[CheckReport], report: CheckReport) -> None:

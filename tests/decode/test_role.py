@@ -1,0 +1,77 @@
+"""A decode worker's policy in a loop of its own, step by step: no gRPC, no threads, a clock that is moved by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from baton.common.clock import ManualClock
+from baton.common.config import HandoverConfig
+from baton.common.hashing import BlockHasher
+from baton.common.messages import Abort, Renew, Reserve, Reserved, Submit, TokenOut
+from baton.common.types import Request, Role, WorkerRef
+from baton.engine.block_table import BlockTable
+from baton.engine.loop import EngineLoop
+from baton.engine.mailbox import FromRouter, FromSource, Inbox, Mail, Outbox, RouterJoined
+from baton.engine.role import Context, Limits
+from baton.kvtransfer.inlet import Inlet
+from baton.worker.assembly import make_roles
+from tests.toy import BLOCK_SIZE, EOS, LAYERS, ToyPool, ToyRunner, oracle, request
+
+SOURCE, TARGET = WorkerRef("prefill-0", "", 1), WorkerRef("worker-0", "", 2)
+NO_OUTLET: Any = None
+
+
+class Bench:
+    """One worker without its process. `said`: all mail so far."""
+
+    def __init__(self, role: Role, num_blocks: int) -> None:
+        self.clock, self.inbox, pool = ManualClock(), Inbox(), ToyPool(num_blocks)
+        self.said: list[Mail] = []
+        limits = Limits(
+            eos_ids=frozenset({EOS}), max_model_len=150, max_batch_tokens=32, max_running=32, max_waiting=999
+        )
+        context = Context(
+            ref=TARGET, fingerprint="toy", table=BlockTable(num_blocks, BlockHasher(BLOCK_SIZE)), outbox=Outbox(),
+            limits=limits, handover=HandoverConfig(lease_s=2.0),
+        )  # fmt: skip
+        inlet = Inlet(pool, self.clock, self.inbox.post)
+        roles = make_roles(role, context, inlet, NO_OUTLET, LAYERS)
+        self.loop = EngineLoop(context, roles, ToyRunner(pool), self.inbox, self.clock, self.said.append)
+        self.inbox.post(RouterJoined("router"))
+
+    def submit(self, ticket: int, what: Request) -> None:
+        self.inbox.post(FromRouter("router", Submit(ticket, 1, what)))
+
+    def tokens(self, ticket: int) -> list[TokenOut]:
+        return [t for mail in self.said for r in mail.reports.values() for t in r.tokens if t.ticket == ticket]
+
+
+def test_who_was_preempted_is_not_starved_by_those_who_come_later() -> None:
+    """A colocated worker whose pool never has room for a long request while all the short ones are let in."""
+    bench, prompt = Bench(Role.COLOCATED, num_blocks=40), list(range(120))
+    for step in range(1, 400):
+        if step % 2 == 0:
+            bench.submit(step, request(str(step), [step] * 9, 30))
+        if step == 5:
+            bench.submit(0, request("long", prompt, 29))
+        bench.loop.step()
+        bench.clock.advance(0.01)
+    assert [t.token for t in bench.tokens(0)] == oracle(prompt, 29)
+    assert bench.loop.inspect().preemptions > 0
+
+
+def test_a_reservation_ends_with_its_deadline_though_its_source_renews_for_ever() -> None:
+    """A source whose loop hangs in a step is alive on the wire."""
+    bench = Bench(Role.DECODE, num_blocks=40)
+    what = request("r", range(30), 20)
+    bench.inbox.post(FromSource(SOURCE, Reserve(1, 1, 1, "router", what, SOURCE, TARGET, "toy")))
+    bench.loop.step()
+    assert bench.said[-1].to_sources == [(SOURCE, Reserved(1, 0))]
+    for _ in range(int(what.deadline_s) + 1):
+        bench.inbox.post(FromSource(SOURCE, Renew((1,))))
+        bench.clock.advance(1.0)
+        bench.loop.step()
+    ((_, last),) = bench.said[-1].to_sources
+    assert isinstance(last, Abort)
+    report = bench.loop.inspect()
+    assert report.ok and report.pinned_blocks == report.reserved_blocks == report.handovers == 0
