@@ -91,8 +91,8 @@ class Link:
 
     @property
     def over(self) -> bool:
-        """Nothing will happen on this link any more."""
-        return self._task.done()
+        """It has ended, or was told to and is about to: it can not be aimed again."""
+        return self._task.done() or self._task.cancelling() > 0
 
     async def close(self) -> None:
         """End the session and do not open another."""

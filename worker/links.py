@@ -189,6 +189,8 @@ class SourceLines:
         if not isinstance(source, WorkerRef):
             raise InvalidRequest("the first message of a control stream is a hello")
         await stream.write(self._ref)
+        if source in self._lines:  # the old stream broke, and the source noticed first
+            self._inbox.post(SourceGone(source))
         line = self._lines[source] = Line()
         try:
             await _either(self._listen(stream, source), line.pump(stream, self._heartbeat_s, lambda: None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -221,6 +222,28 @@ async def test_pairs_with_different_fingerprints_are_not_ready() -> None:
         await asyncio.sleep(0.2)
         assert router.ready()[0] != "ready"
         await router.close()
+
+
+async def test_a_worker_that_is_named_again_at_once_is_linked_again() -> None:
+    """A link that is not up is given up with its worker's membership, and has not ended yet when that comes back."""
+    async with fleet(worker := FakeWorker("a")):
+        there = Members(3, (worker.status,))
+        gone = Members(2)
+        unreachable = Members(1, (replace(worker.status, address="127.0.0.1:9"),))
+
+        async def members() -> AsyncIterator[Members]:
+            yield unreachable
+            await asyncio.sleep(0.2)
+            yield gone
+            yield there
+            await asyncio.Event().wait()
+
+        router = Router("router", FAST, "")
+        await router.start(members())
+        try:
+            await until(lambda: router.ready()[0] == "ready")
+        finally:
+            await router.close()
 
 
 async def test_a_controller_that_forgets_costs_no_session() -> None:
