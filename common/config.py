@@ -46,7 +46,7 @@ class HandoverConfig:
     lease_s: float = 5.0
     """A handover that is neither renewed nor fed for this long is aborted by its target."""
     max_sending: int = 16
-    """Handovers that one decode worker takes in at a time."""
+    """Handovers that one decode worker takes in at a time, and that one prefill worker opens to it."""
     headroom_tokens: int = 64
     """Room for output that a reservation includes beside the prompt."""
     frame_bytes: int = 1 << 20

@@ -17,7 +17,8 @@ from ..engine.role import LocalBatch
 from ..engine.sequence import Sequence
 
 
-def _turn(sequence: Sequence) -> tuple[int, float]:
+def turn(sequence: Sequence) -> tuple[int, float]:
+    """Sort key: higher priority first, then who came first."""
     return (-sequence.request.priority, sequence.arrival)
 
 
@@ -36,7 +37,7 @@ class ChunkedPrefill:
         self._in_work: dict[BlockHash, Sequence] = {}
 
     def add(self, sequence: Sequence) -> None:
-        insort(self.ready, sequence, key=_turn)
+        insort(self.ready, sequence, key=turn)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its blocks stay its own."""

@@ -8,6 +8,8 @@ that ends with its first token hands nothing over. Whatever goes wrong is told t
 
 from __future__ import annotations
 
+from bisect import insort
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -28,7 +30,7 @@ from ..engine.role import Context, LocalBatch
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.session import SourceHandover, State
 from ..kvtransfer.transport import Offer, Outlet
-from .planner import ChunkedPrefill
+from .planner import ChunkedPrefill, turn
 
 LOOKAHEAD_STEPS = 2
 """Handovers are opened for as many waiting tokens as this many steps compute: early enough that the decode worker's
@@ -105,7 +107,7 @@ class PrefillRole:
         if submit.decode is None:
             self._planner.add(sequence)
         else:
-            self._opening.append((sequence, submit.decode))
+            insort(self._opening, (sequence, submit.decode), key=lambda entry: turn(entry[0]))
 
     def _answer(self, outgoing: Outgoing, message: Reserved | Refused | Committed | Abort, now: float) -> None:
         match message:
@@ -137,10 +139,16 @@ class PrefillRole:
         ahead = self._planner.queued_tokens + sum(
             o.sequence.missing for o in self._outgoing.values() if o.state.state is State.RESERVING
         )
-        while self._opening and ahead < LOOKAHEAD_STEPS * self._context.limits.max_batch_tokens:
-            sequence, target = self._opening.pop(0)
-            ahead += sequence.missing
-            self._reserve(sequence, target, now)
+        open_to = Counter(o.target for o in self._outgoing.values())
+        for entry in list(self._opening):
+            if ahead >= LOOKAHEAD_STEPS * self._context.limits.max_batch_tokens:
+                break
+            sequence, target = entry
+            if open_to[target] < self._context.handover.max_sending:  # one more, and it would refuse
+                self._opening.remove(entry)
+                open_to[target] += 1
+                ahead += sequence.missing
+                self._reserve(sequence, target, now)
 
     def _reserve(self, sequence: Sequence, target: WorkerRef, now: float) -> None:
         self._next_id += 1

@@ -118,6 +118,7 @@ async def test_handover(house: House) -> None:
     await submit(up, 2, request("b", PROMPT, 20), decode.ref)
     await down.until(lambda: down.finish(2))
     assert down.tokens(2) == oracle(PROMPT, 20)
+    await up.until(lambda: sum(len(r.handed_over) for r in up.reports) == 2)
     load = prefill.loop.load()
     assert load.handovers == 2 and load.handover_skipped_blocks == len(PROMPT) // 4
     await house.balanced()
@@ -164,6 +165,18 @@ async def test_cancel_frees_both_sides(house: House) -> None:
     for ticket in range(20):
         for client in (up, down):
             await client.stream.write(Cancel(ticket))
+    await house.balanced()
+
+
+async def test_short_prompts_wait_at_prefill_and_are_not_refused(house: House) -> None:
+    """Many fit the tokens that are looked ahead; opened all at once, most would be refused and wait out a back-off."""
+    prefill = await house.worker("prefill-0", Role.PREFILL, max_sending=3)
+    decode = await house.worker("decode-0", Role.DECODE, max_sending=3)
+    up, down = await connect(prefill), await connect(decode)
+    for ticket in range(24):
+        await submit(up, ticket, request(str(ticket), [ticket, 1], 5), decode.ref)
+    await down.until(lambda: all(down.finish(t) or up.failure(t) for t in range(24)))
+    assert [up.failure(t) for t in range(24)] == [None] * 24
     await house.balanced()
 
 
