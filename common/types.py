@@ -78,7 +78,7 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
             ("temperature", 0.0 <= self.temperature <= 2.0, "must be between 0 and 2"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "must be 0 (off) or more"),
+            ("top_k", 0 <= self.top_k < 2**31, "must be 0 (off) or more"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "must be between 0 and 1"),
             ("seed", 0 <= self.seed < 2**64, "must fit 64 bits"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be between -2 and 2"),

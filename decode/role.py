@@ -148,13 +148,13 @@ class DecodeRole:
         if message.fingerprint != context.fingerprint:
             raise FingerprintMismatch("weights, KV layout or numeric choices differ")
         if message.router not in context.outbox.routers:
-            raise WorkerLost(f"router {message.router} has no stream to this worker")
+            raise HandoverFailed(f"router {message.router} has no stream to this worker")
         if sequence.key in self._decoding or any(i.sequence.key == sequence.key for i in self._incoming.values()):
             raise StaleAttempt("this attempt is here already")
-        if not request.tokens or len(request.tokens) >= context.limits.max_model_len:
-            raise InvalidRequest(f"{len(request.tokens)} tokens do not fit this worker")
         if not context.table.fits(len(request.tokens) + 1):
             raise PoolFull(f"{len(request.tokens)} tokens are more than this worker's whole pool")
+        if not request.tokens or len(request.tokens) >= context.limits.max_model_len:
+            raise InvalidRequest(f"{len(request.tokens)} tokens do not fit this worker")
         if len(self._incoming) >= context.handover.max_sending:
             raise PoolFull(f"{len(self._incoming)} handovers are coming in already")
         if self._planner.preempted:

@@ -121,8 +121,8 @@ class GrpcOutlet:
         except (BatonError, TimeoutError) as error:
             reason = error if isinstance(error, BatonError) else WorkerLost(f"{target.name} takes no bytes")
             log.warning("data stream to %s broke: %s", target.name, reason)
-            self._broken(target)
         finally:
+            self._broken(target)
             self._lanes.pop(target, None)
             credits.cancel()
             stream.cancel()

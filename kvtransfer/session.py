@@ -55,6 +55,13 @@ class SourceHandover:
         self.state, self.due = State.COMMITTING, now + self.patience
         return True
 
+    def moving(self, now: float) -> bool:
+        """Bytes still leave: the target owes its answer only after the last of them."""
+        if self.state is not State.COMMITTING:
+            return False
+        self.due = now + self.patience
+        return True
+
     def committed(self) -> bool:
         if self.state is not State.COMMITTING:
             return False

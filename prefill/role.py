@@ -19,7 +19,6 @@ from ..common.errors import (
     HandoverFailed,
     InvalidRequest,
     PoolFull,
-    WorkerLost,
     from_code,
 )
 from ..common.messages import Abort, Cancel, Commit, Committed, Refused, Reserve, Reserved, Submit, TokenOut
@@ -48,6 +47,8 @@ class Outgoing:
     opened: float
     computed: float = 0.0
     """When the first token was sampled: what the handover takes from here on delays the client."""
+    sent: int = 0
+    """Bytes that had left when last looked at."""
     offered: list[int] = field(default_factory=list)
     """For each layer: blocks offered so far (a logical block number)."""
 
@@ -86,7 +87,8 @@ class PrefillRole:
                     self._answer(outgoing, message, now)
             case TargetGone(target):
                 for outgoing in [o for o in self._outgoing.values() if o.target == target]:
-                    self._fail(outgoing.sequence, WorkerLost(f"{target.name} is gone"))
+                    # Whether it died is for the router to say, which has a line to it of its own.
+                    self._fail(outgoing.sequence, HandoverFailed(f"the line to {target.name} broke"))
 
     def _submit(self, router: str, submit: Submit, now: float) -> None:
         request, limits = submit.request, self._context.limits
@@ -134,6 +136,12 @@ class PrefillRole:
         """Deadlines, answers that are overdue, and handovers that are due to be opened."""
         for sequence in [s for s in self._sequences.values() if now >= s.deadline]:
             self._fail(sequence, DeadlineExceeded("the deadline passed before the first token"))
+        for outgoing in self._outgoing.values():
+            if outgoing.state.state is State.COMMITTING and outgoing.sent != (
+                sent := self._outlet.bytes_sent(outgoing.id)
+            ):
+                outgoing.sent = sent
+                outgoing.state.moving(now)
         for outgoing in [o for o in self._outgoing.values() if o.state.overdue(now)]:
             self._fail(outgoing.sequence, HandoverFailed(f"no answer from {outgoing.target.name} in time"))
         ahead = self._planner.queued_tokens + sum(

@@ -83,7 +83,7 @@ class Worker:
         table = BlockTable(engine.num_blocks, BlockHasher(config.engine.block_size, cluster_key(config.cluster_token)))
         limits = Limits(
             eos_ids=engine.eos_ids,
-            max_model_len=engine.max_model_len,
+            max_model_len=min(engine.max_model_len, engine.num_blocks * config.engine.block_size),
             max_batch_tokens=config.engine.max_batch_tokens,
             max_running=min(config.engine.max_running, config.engine.max_batch_tokens),  # a step must hold them all
             max_waiting=config.max_waiting,

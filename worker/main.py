@@ -68,6 +68,8 @@ class Reporter:
         self._peer = Peer(config.controller, config.cluster_token) if config.controller else None
         self._status = WorkerStatus(config.name, config.role.value, "starting", pid=os.getpid())
         self._changed = asyncio.Event()
+        self._told = False
+        """The controller's silence has been logged."""
 
     def set(self, **changes: object) -> None:
         self._status = replace(self._status, **changes)  # type: ignore[arg-type]
@@ -77,8 +79,13 @@ class Reporter:
         """Report for ever; a controller that is away is no reason to stop working."""
         while self._peer is not None:
             self._changed.clear()
-            with contextlib.suppress(BatonError):
+            try:
                 await self._peer.report(self._status, REPORT_TIMEOUT_S)
+            except BatonError as error:
+                log.log(logging.DEBUG if self._told else logging.WARNING, "the controller does not hear: %s", error)
+                self._told = True
+            else:
+                self._told = False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_EVERY_S):
                     await self._changed.wait()

@@ -175,6 +175,8 @@ def test_a_source_that_computes_is_not_overdue() -> None:
     assert not source.overdue(100 * LEASE) and source.skip == 2
     source.commit(100.0)
     assert not source.overdue(100.0) and source.overdue(100.0 + LEASE)
+    source.moving(103.0)  # a slow wire is not a dead one
+    assert not source.overdue(100.0 + LEASE) and source.overdue(103.0 + LEASE)
 
 
 def test_renewal_and_bytes_extend_the_lease() -> None:

@@ -237,7 +237,7 @@ async def test_pool_full_is_refused_at_once(house: House) -> None:
     await house.balanced()
 
 
-@pytest.mark.parametrize(("what", "code"), [("fingerprint", "fingerprint_mismatch"), ("epoch", "worker_lost")])
+@pytest.mark.parametrize(("what", "code"), [("fingerprint", "fingerprint_mismatch"), ("epoch", "handover_failed")])
 async def test_strangers_are_refused(house: House, what: str, code: str) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     other = ToyEngine(fingerprint="other") if what == "fingerprint" else ToyEngine()
@@ -264,7 +264,7 @@ async def test_dead_target_is_told(house: House) -> None:
     up = await connect(prefill)
     await submit(up, 1, request("a", PROMPT, 20), WorkerRef("decode-9", "127.0.0.1:9", 5))
     await up.until(lambda: up.failure(1))
-    assert up.failure(1).code == "worker_lost"  # type: ignore[union-attr]
+    assert up.failure(1).code == "handover_failed"  # type: ignore[union-attr]
     await house.balanced()
 
 
