@@ -25,6 +25,7 @@ worker: {{lease_s: {LEASE_S}, heartbeat_s: 0.25}}
 handover: {{lease_s: {LEASE_S}}}
 """
 WORKERS = 4
+OTHER = {"prefill-0": "prefill-1", "prefill-1": "prefill-0", "decode-0": "decode-1", "decode-1": "decode-0"}
 STREAMS = 16
 BEGUN = 6
 """Tokens that every stream has when a decode worker is hit: far from its end, and past its beginning."""
@@ -156,5 +157,6 @@ async def test_frozen_for_twice_the_lease(cluster: Cluster, judge: Judge, role: 
     assert cluster.serve.children()[name] == process, "it is the same process"
     await cluster.quiet()
     worked = await cluster.metric("baton_engine_steps_total", worker=name)
-    await serve_all(cluster, judge, HEAVY)
+    cluster.serve.children()[OTHER[name]].kill()
+    await serve_all(cluster, judge, MIXED)
     assert await cluster.metric("baton_engine_steps_total", worker=name) > worked, "it is back in service"
