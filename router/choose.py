@@ -73,7 +73,9 @@ class _Rates:
     @classmethod
     def of(cls, workers: Sequence[Worker]) -> _Rates:
         loads = [w.load for w in workers if w.load]
-        seconds = sum(load.handover_exposed_seconds for load in loads)  # what hides behind compute costs nobody
+        step_s = _mean([load.decode_step_s for load in loads], DEFAULT_STEP_S)
+        # What hides behind compute costs nobody; and each commit waits for a decode step to end, however few its bytes.
+        seconds = sum(load.handover_exposed_seconds - load.handovers * step_s for load in loads)
         moved = sum(load.handover_bytes for load in loads)
         return cls(
             _mean([load.prefill_tokens_per_s for load in loads], DEFAULT_PREFILL_RATE),

@@ -165,3 +165,7 @@ def test_what_hides_behind_compute_is_no_cost_of_a_transfer() -> None:
     holder = worker("holder", Role.DECODE, load_=load(running=4))
     other = worker("other", Role.DECODE)
     assert names(choose([source, holder, other], PROMPT, {"holder": 96}, 0)) == ("p", "other")
+    # Nor is the wait of each commit for the end of a decode step.
+    waited = load(handovers=100, handover_bytes=100_000_000, handover_exposed_seconds=2.1, decode_step_s=0.02)
+    source = worker("p", Role.PREFILL, load_=waited)
+    assert names(choose([source, holder, other], PROMPT, {"holder": 96}, 0)) == ("p", "other")
