@@ -196,6 +196,11 @@ class DecodeRole:
         self._context.table.drop(incoming.sequence)
         if code != "finished":
             self._context.stats.aborted(code or error.code)
+            log.info(
+                "handover from %s aborted: %s (%s)",
+                *(incoming.source.name, error, code or error.code),
+                extra=incoming.sequence.named,
+            )
         if tell:
             abort = Abort(incoming.key[2], error.code, error.message)
             self._context.outbox.to_source(incoming.source, abort)
@@ -222,7 +227,7 @@ class DecodeRole:
             if sequence not in waiting:
                 log.info(
                     "preempted at %d tokens while %d handovers come in", len(sequence.tokens), len(self._incoming),
-                    extra={"request_id": sequence.request.request_id},
+                    extra=sequence.named,
                 )  # fmt: skip
 
     def on_layer(self, layer: int) -> None:
@@ -244,6 +249,7 @@ class DecodeRole:
     # --- ends ---
 
     def _fail(self, sequence: Sequence, error: BatonError) -> None:
+        log.warning("failed here: %s (%s)", error, error.code, extra=sequence.named)
         self._context.outbox.failed(sequence.key, error)
         self._remove(sequence)
 

@@ -60,3 +60,8 @@ class Sequence:
     def missing(self) -> int:
         """Tokens whose KV has still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.computed
+
+    @property
+    def named(self) -> dict[str, str]:
+        """`extra` of a log line about this request."""
+        return {"request_id": self.request.request_id}

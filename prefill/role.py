@@ -8,6 +8,7 @@ that ends with its first token hands nothing over. Whatever goes wrong is told t
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
@@ -34,6 +35,9 @@ from .planner import ChunkedPrefill, turn
 LOOKAHEAD_STEPS = 2
 """Handovers are opened for as many waiting tokens as this many steps compute: early enough that the decode worker's
 answer is here when the turn comes, late enough that its memory is not held for a long queue."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -126,6 +130,12 @@ class PrefillRole:
                     self._context.stats.handover_seconds += now - outgoing.opened
                     self._context.stats.handover_exposed_seconds += now - outgoing.computed
                     self._context.outbox.handed_over(outgoing.sequence.key)
+                    log.info(
+                        "handed %d tokens over to %s, %d blocks of them were there; %.0f ms after the first token",
+                        *(len(outgoing.sequence.request.tokens), outgoing.target.name, outgoing.state.skip),
+                        (now - outgoing.computed) * 1e3,
+                        extra=outgoing.sequence.named,
+                    )
                     self._forget(outgoing.sequence)
             case Refused(code=code, message=text) | Abort(code=code, message=text):
                 self._fail(outgoing.sequence, from_code(code, f"{outgoing.target.name}: {text}"), tell=False)
@@ -222,6 +232,8 @@ class PrefillRole:
 
     def _fail(self, sequence: Sequence, error: BatonError, tell: bool = True) -> None:
         """Tell the router; `tell`: the target too (it does not know yet)."""
+        level = logging.DEBUG if isinstance(error, PoolFull) else logging.WARNING  # a full pool is no news
+        log.log(level, "failed here: %s (%s)", error, error.code, extra=sequence.named)
         self._context.outbox.failed(sequence.key, error)
         self._end(sequence, error.code, error.message, tell)
 
