@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from contextlib import aclosing, suppress
 
 import httpx
@@ -62,14 +63,17 @@ async def client(cluster: Cluster, prompts: list[Prompt], seed: int) -> list[Fin
     return finished
 
 
-async def storm(cluster: Cluster, prompts: list[Prompt], judge: Judge) -> None:
+async def storm(cluster: Cluster, prompts: list[Prompt], judge: Judge, steady: Sequence[Prompt] = ()) -> None:
+    """Random clients, and beside them some that ask all at once and stay to the end."""
     aborted = await cluster.metric("baton_handover_aborts_total")
     async with asyncio.TaskGroup() as group:
         clients = [group.create_task(client(cluster, prompts, seed)) for seed in range(CLIENTS)]
+        asked = group.create_task(cluster.ask_all(steady))
     await cluster.quiet()
     assert await cluster.metric("baton_router_requests") == 0
     assert await cluster.metric("baton_handover_aborts_total") > aborted, "no handover was cancelled"
-    judge.check([(judge.encode(prompt), tuple(answer.tokens)) for each in clients for prompt, answer in each.result()])
+    finished = [done for each in clients for done in each.result()] + list(zip(steady, asked.result(), strict=True))
+    judge.check([(judge.encode(prompt), tuple(answer.tokens)) for prompt, answer in finished])
 
 
 async def test_with_room_for_all(pair: Cluster, judge: Judge) -> None:
@@ -78,7 +82,8 @@ async def test_with_room_for_all(pair: Cluster, judge: Judge) -> None:
 
 async def test_where_requests_are_preempted(tight: Cluster, judge: Judge) -> None:
     before = (await tight.reports())["decode-0"].preemptions
-    await storm(tight, [prompt for prompt in ALL if prompt not in LONG], judge)
+    short = [prompt for prompt in ALL if prompt not in LONG]
+    await storm(tight, short, judge, steady=short[:16])  # which together outgrow the pool, whatever the others do
     assert (await tight.reports())["decode-0"].preemptions > before
 
 
