@@ -1,0 +1,185 @@
+"""Authenticated stream sockets between the processes of a cluster: for bulk bytes and for what must not wait for them.
+
+Blocking, for use on threads of their own. Both ends prove that they know the cluster token before anything else is
+read, each by a keyed hash of the other's random challenge; the token itself never travels.
+
+    server ── challenge ──▶ client ── challenge, proof ──▶ server ── proof ──▶ client, then messages either way
+
+A message is a length and its bytes. Whoever waits sets a timeout on the socket first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+from .errors import BatonError, HandoverFailed, Unauthorized, WorkerLost
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_S = 5.0
+MAX_CONNECTIONS = 512
+"""Connections that a listener serves at a time; more are closed at once."""
+
+_CHALLENGE = 16
+_PROOF = 32
+_LENGTH = struct.Struct("<I")
+
+Buffer = bytes | bytearray | memoryview
+
+
+def connect(address: str, token: str, timeout_s: float = HANDSHAKE_S) -> socket.socket:
+    """A connection to a `Listener` at host:port; `timeout_s` stays set on it. Raises `WorkerLost` where nobody
+    answers, `Unauthorized` where the other end does not know the token."""
+    host, _, port = address.rpartition(":")
+    try:
+        connection = socket.create_connection((host, int(port)), timeout_s)
+    except (OSError, ValueError) as error:
+        raise WorkerLost(f"{address} does not answer: {error}") from error
+    try:
+        _tune(connection)
+        theirs, ours = _exactly(connection, _CHALLENGE), secrets.token_bytes(_CHALLENGE)
+        send_all(connection, ours + _proof(token, b"client", theirs, ours))
+        if not hmac.compare_digest(_exactly(connection, _PROOF), _proof(token, b"server", ours, theirs)):
+            raise Unauthorized(f"{address} does not know the cluster token")
+    except BatonError:
+        connection.close()
+        raise
+    return connection
+
+
+class Listener:
+    """Accepts connections and runs `serve` for each that knows the token, on a thread of its own. The socket is closed
+    when `serve` returns or raises; a `BatonError` is logged. `address` is where it listens, host:port."""
+
+    def __init__(self, host: str, port: int, token: str, serve: Callable[[socket.socket], None], name: str) -> None:
+        self._token = token
+        self._serve = serve
+        self._name = name
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._socket = socket.create_server((host, port))
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, name=f"{name} door", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening and hang up on everybody. Idempotent."""
+        with self._lock:
+            self._closed = True
+            for connection in self._open:
+                hang_up(connection)
+        hang_up(self._socket)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                if self._closed:
+                    return
+                log.warning("%s: a connection could not be accepted", self._name)
+                continue
+            with self._lock:
+                if self._closed or len(self._open) >= MAX_CONNECTIONS:
+                    connection.close()
+                    continue
+                self._open.add(connection)
+            threading.Thread(target=self._run, args=(connection,), name=self._name, daemon=True).start()
+
+    def _run(self, connection: socket.socket) -> None:
+        try:
+            _tune(connection)
+            connection.settimeout(HANDSHAKE_S)
+            ours = secrets.token_bytes(_CHALLENGE)
+            send_all(connection, ours)
+            answer = _exactly(connection, _CHALLENGE + _PROOF)
+            theirs, proof = answer[:_CHALLENGE], answer[_CHALLENGE:]
+            if not hmac.compare_digest(proof, _proof(self._token, b"client", ours, theirs)):
+                raise Unauthorized("the cluster token is missing or wrong")
+            send_all(connection, _proof(self._token, b"server", theirs, ours))
+            self._serve(connection)
+        except BatonError as error:
+            level = logging.DEBUG if self._closed or isinstance(error, WorkerLost) else logging.WARNING
+            log.log(level, "%s: connection ended: %s", self._name, error)
+        finally:
+            with self._lock:
+                self._open.discard(connection)
+            connection.close()
+
+
+def send(connection: socket.socket, *parts: Buffer) -> None:
+    """Send one message made of these parts. Raises `WorkerLost` where the other end is gone or does not read."""
+    send_all(connection, _LENGTH.pack(sum(memoryview(p).nbytes for p in parts)), *parts)
+
+
+def receive(connection: socket.socket, limit: int) -> bytes:
+    """The next message. Raises `HandoverFailed` where it is longer than `limit`, `WorkerLost` where it does not come
+    whole within the socket's timeout, or the other end is gone."""
+    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+    if length > limit:
+        raise HandoverFailed(f"a message of {length} bytes where at most {limit} are expected")
+    return _exactly(connection, length)
+
+
+def send_all(connection: socket.socket, *parts: Buffer) -> None:
+    """Send raw bytes, gathered from all parts. Raises as `send` does."""
+    rest = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
+    try:
+        while rest:
+            rest = _after(rest, connection.sendmsg(rest[:_IOV_MAX]))
+    except OSError as error:  # a timeout is one
+        raise WorkerLost(f"the other end does not read: {error}") from error
+
+
+def receive_exactly(connection: socket.socket, target: memoryview) -> None:
+    """Fill `target` with what comes. Raises `WorkerLost` where it does not come within the socket's timeout."""
+    rest = target.cast("B")
+    try:
+        while rest.nbytes:
+            count = connection.recv_into(rest)
+            if count == 0:
+                raise WorkerLost("the other end hung up")
+            rest = rest[count:]
+    except OSError as error:
+        raise WorkerLost(f"nothing more came: {error}") from error
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Wake whoever waits on this socket, on either end. Idempotent."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+_IOV_MAX = 512
+
+
+def _after(parts: list[memoryview], sent: int) -> list[memoryview]:
+    """What is left of `parts` once their first `sent` bytes are gone."""
+    for i, part in enumerate(parts):
+        if sent < part.nbytes:
+            return [part[sent:], *parts[i + 1 :]]
+        sent -= part.nbytes
+    return []
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    data = bytearray(count)
+    receive_exactly(connection, memoryview(data))
+    return bytes(data)
+
+
+def _proof(token: str, side: bytes, *challenges: bytes) -> bytes:
+    return hmac.digest(token.encode(), side + b"".join(challenges), "sha256")
+
+
+def _tune(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

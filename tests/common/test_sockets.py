@@ -1,0 +1,83 @@
+import socket
+import threading
+
+import pytest
+
+from baton.common.errors import HandoverFailed, Unauthorized, WorkerLost
+from baton.common.sockets import Listener, connect, receive, receive_exactly, send, send_all
+
+
+def echo(connection: socket.socket) -> None:
+    while True:
+        send(connection, receive(connection, 1 << 20))
+
+
+@pytest.fixture
+def door():
+    listener = Listener("127.0.0.1", 0, "secret", echo, "echo")
+    yield listener
+    listener.close()
+
+
+def test_messages_keep_their_borders(door: Listener) -> None:
+    with connect(door.address, "secret") as peer:
+        for parts in (
+            (b"",),
+            (b"a", b"", b"bc"),
+            (bytes(300_000), memoryview(b"end")),
+            tuple(b"x" for _ in range(2000)),
+        ):
+            send(peer, *parts)
+            assert receive(peer, 1 << 20) == b"".join(parts)
+
+
+def test_wrong_token_is_refused_on_both_ends(door: Listener) -> None:
+    with pytest.raises((Unauthorized, WorkerLost)):
+        connect(door.address, "guess")
+    with connect(door.address, "secret") as peer:  # and the door still serves others
+        send(peer, b"hello")
+        assert receive(peer, 100) == b"hello"
+
+
+def test_a_server_that_does_not_know_the_token_is_not_believed() -> None:
+    def impostor(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(bytes(16))
+            receive_exactly(connection, memoryview(bytearray(48)))
+            connection.sendall(bytes(32))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=impostor, args=(server,))
+        thread.start()
+        with pytest.raises(Unauthorized):
+            connect(f"127.0.0.1:{server.getsockname()[1]}", "secret")
+        thread.join()
+
+
+def test_too_long_a_message_is_refused(door: Listener) -> None:
+    with connect(door.address, "secret") as peer:
+        send(peer, b"four")
+        with pytest.raises(HandoverFailed):
+            receive(peer, 3)
+
+
+def test_silence_and_hanging_up_are_typed(door: Listener) -> None:
+    with connect(door.address, "secret") as peer:
+        peer.settimeout(0.05)
+        with pytest.raises(WorkerLost):
+            receive(peer, 100)  # nobody speaks
+        door.close()
+        peer.settimeout(5.0)
+        with pytest.raises(WorkerLost):
+            receive(peer, 100)
+    with pytest.raises(WorkerLost):
+        connect(door.address, "secret")
+
+
+def test_a_reader_that_stalls_costs_a_timeout_and_not_a_hang(door: Listener) -> None:
+    with connect(door.address, "secret") as peer:
+        peer.settimeout(0.2)
+        with pytest.raises(WorkerLost):
+            for _ in range(200):  # the echo blocks on answers that nobody reads
+                send_all(peer, (1 << 20).to_bytes(4, "little"), bytes(1 << 20))
