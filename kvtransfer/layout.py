@@ -1,0 +1,104 @@
+"""The layout plan: which bytes go where when the two ends keep their KV differently. Pure arithmetic.
+
+    route    heads that travel from one rank of the source to one rank of the target
+    piece    one target block of one layer along one route, as the target keeps it: [2 (K, V), heads, row]
+
+With equal tensor parallelism a piece is a whole block. Intersecting the heads of two shardings is DistServe's idea
+(OSDI '24); heads that several source ranks hold copies of are taken from whichever has least to send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import FingerprintMismatch
+from ..common.kv_format import KvFormat
+
+Offsets = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`heads` heads, from `source_head` on of the source rank's own to `target_head` on of the target rank's own."""
+
+    source_rank: int
+    target_rank: int
+    source_head: int
+    target_head: int
+    heads: int
+
+
+def routes(source: KvFormat, target: KvFormat) -> tuple[Route, ...]:
+    """What each rank of the source sends to each rank of the target: every head that a target rank keeps, once.
+    Raises `FingerprintMismatch` where the two do not hold the KV of one model."""
+    if (source.num_layers, source.num_kv_heads, source.head_dim) != (
+        target.num_layers, target.num_kv_heads, target.head_dim,
+    ):  # fmt: skip
+        raise FingerprintMismatch(f"KV of different models: {source} and {target}")
+    sent = [0] * source.tp
+    found: list[Route] = []
+    for target_rank in range(target.tp):
+        for target_head, head in enumerate(target.heads(target_rank)):
+            holders = [rank for rank in range(source.tp) if head in source.heads(rank)]
+            rank = min(holders, key=lambda r: sent[r])
+            sent[rank] += 1
+            source_head = head - source.heads(rank).start
+            last = found[-1] if found else None
+            if last and (last.source_rank, last.target_rank) == (rank, target_rank) and (
+                last.source_head + last.heads == source_head and last.target_head + last.heads == target_head
+            ):  # fmt: skip
+                found[-1] = Route(rank, target_rank, last.source_head, last.target_head, last.heads + 1)
+            else:
+                found.append(Route(rank, target_rank, source_head, target_head, 1))
+    return tuple(found)
+
+
+def piece_bytes(target: KvFormat, route: Route) -> int:
+    return 2 * route.heads * target.row_bytes
+
+
+def as_kept(source: KvFormat, target: KvFormat) -> bool:
+    """Whether rows travel as the source keeps them: nothing to cut, nothing to convert."""
+    return (source.block_size, source.dtype) == (target.block_size, target.dtype)
+
+
+def in_pool(format: KvFormat, num_blocks: int, layer: int, blocks: Sequence[int], head: int, heads: int) -> Offsets:
+    """Where the pieces of these blocks lie in a pool of one rank: byte offsets [blocks, 2] of their K and V halves,
+    each `heads × row_bytes` long, from `head` on of the rank's own heads."""
+    rows = np.asarray(blocks, dtype=np.int64) + layer * num_blocks
+    keys = rows * format.block_bytes + head * format.row_bytes
+    return np.stack((keys, keys + format.block_bytes // 2), axis=1)
+
+
+def in_payload(count: int, piece: int) -> Offsets:
+    """Where the halves of `count` pieces lie that follow each other: byte offsets [count, 2]."""
+    return np.arange(2 * count, dtype=np.int64).reshape(count, 2) * (piece // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Blocks of the source that cover `count` blocks of the target: where block sizes differ, the first target block
+    begins `offset` tokens into the first source block."""
+
+    blocks: tuple[int, ...]
+    offset: int
+    count: int
+
+
+def cut(source_blocks: Sequence[int], source_size: int, target_size: int, first: int, last: int) -> Cut:
+    """What covers the target's blocks `first` to `last` (exclusive) of a sequence that lives in `source_blocks`."""
+    begin, end = first * target_size, last * target_size
+    blocks = tuple(source_blocks[begin // source_size : -(-end // source_size)])
+    return Cut(blocks, begin % source_size, last - first)
+
+
+def tokens_of(part: Cut, source_size: int, target_size: int) -> tuple[Offsets, Offsets]:
+    """Block number and slot in it, for each token of the target's blocks, in order. Tokens beyond the source's last
+    block (the target's last block is larger than what is left) repeat its last slot: nobody reads them."""
+    tokens = part.offset + np.arange(part.count * target_size, dtype=np.int64)
+    tokens = np.minimum(tokens, len(part.blocks) * source_size - 1)
+    return np.asarray(part.blocks, dtype=np.int64)[tokens // source_size], tokens % source_size
