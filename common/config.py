@@ -19,12 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How a worker computes. All of it that changes a number goes into the fingerprint."""
+    """How a worker computes. What changes a number goes into the fingerprint; how it keeps KV, into its `KvFormat`."""
 
     model: str
     """Folder with config.json, safetensors and tokenizer.json."""
     dtype: str = "auto"
     """auto: float32 on CPU, bfloat16 on CUDA."""
+    kv_dtype: str = "auto"
+    """auto: as `dtype`; otherwise a key of `kv_format.ITEM_BYTES`."""
     device: str = "auto"
     block_size: int = 16
     kv_memory: int = 1 << 30

@@ -16,6 +16,7 @@ import yaml
 
 from ..common.config import EngineConfig, GatewayConfig, HandoverConfig, RouterConfig, WorkerConfig
 from ..common.errors import InvalidRequest
+from ..common.kv_format import ITEM_BYTES
 from ..common.types import Role
 
 
@@ -82,6 +83,7 @@ ZERO_ALLOWED = {
 }
 CHOICES = {
     "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "engine.kv_dtype": ("auto", *ITEM_BYTES),
 }
 
 

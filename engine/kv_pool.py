@@ -1,22 +1,24 @@
 """The paged KV pool: where all keys and values of a worker live.
 
-    layer 0  ┌ block 0: K [heads, block_size, dim] V [...] ┐┌ block 1 ┐ ... ┌ block N-1 ┐
+    layer 0  ┌ block 0: K [heads, row] V [heads, row] ┐┌ block 1 ┐ ... ┌ block N-1 ┐
     layer 1  └ ...
 
-One block of one layer is one contiguous run of bytes, which is what a handover sends. Paging is vLLM's
-(PagedAttention, SOSP 2023). Who may use which block is the block manager's business, not the pool's.
+A row holds K or V of one head: the elements of a block's tokens and, where they are quantised, their scales
+(`common/kv_format.py`). One block of one layer is one contiguous run of bytes. Paging is vLLM's (PagedAttention, SOSP
+2023). Who may use which block is the block manager's business, not the pool's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..common.errors import HandoverFailed, InvalidRequest
-from .model_config import ModelConfig
+from ..common.errors import HandoverFailed
+from ..common.kv_format import KvFormat
+from ..kernels.quantised import TYPES, split_rows
 
 Allocator = Callable[[int], torch.Tensor]
 """Number of bytes → a contiguous uint8 tensor of that many, on the pool's device, aligned to 64 bytes. Handed in, so
@@ -35,59 +37,45 @@ def device_allocator(device: torch.device) -> Allocator:
     return lambda size: torch.zeros(size, dtype=torch.uint8, device=device)
 
 
-@dataclass(frozen=True, slots=True)
-class KvLayout:
-    """Shape of the pool without its memory."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, config: ModelConfig, block_size: int, dtype: torch.dtype) -> KvLayout:
-        return cls(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block of one layer."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.num_layers * self.block_bytes // self.block_size
-
-    def blocks_in(self, memory: int) -> int:
-        """Blocks that fit `memory` bytes, over all layers. Raises `InvalidRequest` where not even one does."""
-        blocks = memory // (self.num_layers * self.block_bytes)
-        if blocks < 1:
-            raise InvalidRequest(f"kv_memory {memory} holds no block of {self.num_layers * self.block_bytes} bytes")
-        return blocks
+def type_name(dtype: torch.dtype) -> str:
+    """The name by which `KvFormat` knows one of `TYPES`."""
+    return next(name for name, kind in TYPES.items() if kind == dtype)
 
 
 class KvPool:
-    """`layers[i]`: [num_blocks, 2 (K, V), num_kv_heads, block_size, head_dim]."""
+    """The memory of one rank.
 
-    def __init__(self, layout: KvLayout, num_blocks: int, allocator: Allocator) -> None:
-        self.layout = layout
+    layers   one tensor a layer, [num_blocks, 2 (K, V), heads_per_rank, block_size, head_dim]: a view of the elements,
+             with gaps between rows where they are quantised
+    scales   one float32 tensor a layer, [num_blocks, 2, heads_per_rank, block_size]; none where nothing is quantised
+    kv       what the operations take: `layers`, or whole quantised rows [num_blocks, 2, heads_per_rank, row_bytes]
+    memory   the pool as one flat array of bytes; None on an accelerator
+    """
+
+    def __init__(self, format: KvFormat, rank: int, num_blocks: int, allocator: Allocator) -> None:
+        self.format = format
+        self.rank = rank
         self.num_blocks = num_blocks
-        size = layout.num_layers * num_blocks * layout.block_bytes
-        self._bytes = allocator(size).view(layout.num_layers, num_blocks, layout.block_bytes)
-        shape = (num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        self.layers = tuple(layer.view(layout.dtype).view(shape) for layer in self._bytes)
+        flat = allocator(format.num_layers * num_blocks * format.block_bytes)
+        self.memory: np.ndarray[Any, np.dtype[np.uint8]] | None = flat.numpy() if flat.device.type == "cpu" else None
+        self._bytes = flat.view(format.num_layers, num_blocks, format.block_bytes)
+        rows = flat.view(format.num_layers, num_blocks, 2, format.heads_per_rank, format.row_bytes)
+        elements, scales = split_rows(rows, TYPES[format.dtype], format.head_dim)
+        self.layers = elements.unbind()
+        self.scales: tuple[torch.Tensor, ...] = () if scales is None else scales.unbind()
+        self.kv = rows.unbind() if format.quantised else self.layers
 
     @property
     def num_layers(self) -> int:
-        return self.layout.num_layers
+        return self.format.num_layers
 
     @property
     def block_bytes(self) -> int:
-        return self.layout.block_bytes
+        return self.format.block_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.layout.bytes_per_token
+        return self.format.bytes_per_token
 
     def gather(self, layer: int, blocks: Sequence[int]) -> memoryview:
         """A copy of these blocks of one layer, one after the other. May be called from any thread."""
@@ -113,6 +101,7 @@ class KvPool:
 
     def fill(self, blocks: Sequence[int], value: float) -> None:
         """Overwrite K and V of these blocks in every layer: tests poison free blocks with NaN."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self._bytes.device)
         for layer in self.layers:
-            layer.index_fill_(0, index, value)
+            layer[list(blocks)] = 1.0 if self.scales else value
+        for layer in self.scales:
+            layer[list(blocks)] = value

@@ -20,10 +20,13 @@ import torch
 from ..common.config import EngineConfig
 from ..common.errors import EngineFailure, InvalidRequest
 from ..common.fingerprint import fingerprint
+from ..common.kv_format import KvFormat
 from ..common.types import Request, SamplingParams
-from ..kernels.ops import Ops, Rows
+from ..kernels.converted import ConvertedKvOps
+from ..kernels.ops import Rows
+from ..kernels.quantised import TYPES
 from ..kernels.select import select_ops
-from .kv_pool import Allocator, KvLayout, KvPool, device_allocator
+from .kv_pool import Allocator, KvPool, device_allocator, type_name
 from .model import Model
 from .model_config import ModelConfig
 from .plan import OnLayer, Sampled, Slice, StepPlan
@@ -60,7 +63,7 @@ class TorchRunner:
             with torch.inference_mode():
                 tokens, rows = self._batch(slices)
                 wanted = self._move(np.asarray([rows.row_starts[i + 1] - 1 for i in sampling], dtype=np.int64))
-                logits = self._model.forward(tokens, rows, self._pool.layers, wanted, on_layer)
+                logits = self._model.forward(tokens, rows, self._pool.kv, wanted, on_layer)
                 sampled = self._sampler.sample(logits, [slices[i].sequence for i in sampling])
         except (RuntimeError, IndexError) as error:
             raise EngineFailure(f"step of {plan.tokens} tokens failed: {error}") from error
@@ -70,7 +73,7 @@ class TorchRunner:
 
     def _batch(self, slices: Listing[Slice]) -> tuple[torch.Tensor, Rows]:
         """Tokens [T] of all slices and where they belong."""
-        block_size = self._pool.layout.block_size
+        block_size = self._pool.format.block_size
         counts = np.asarray([part.count for part in slices])
         ends = np.asarray([part.end for part in slices])
         starts = np.zeros(len(slices) + 1, dtype=np.int32)
@@ -105,6 +108,7 @@ class Engine:
 
     runner: TorchRunner
     pool: KvPool
+    format: KvFormat
     model_config: ModelConfig
     eos_ids: frozenset[int]
     fingerprint: str
@@ -127,16 +131,19 @@ def build_engine(
     model_config = ModelConfig.load(folder)
     heads = (model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
     ops = select_ops(device, dtype, *heads, config.block_size)
+    kv_dtype = type_name(dtype) if config.kv_dtype == "auto" else config.kv_dtype
+    format = KvFormat(model_config.num_layers, *heads[1:], config.block_size, kv_dtype)
+    if TYPES[kv_dtype] != dtype:
+        ops = ConvertedKvOps(ops, TYPES[kv_dtype])
     begin = time.monotonic()
     if config.dummy_weights:
         weights, digest = dummy_weights(model_config, ops, dtype, device, progress), "dummy"
     else:
         weights = load_weights(folder, model_config, ops, dtype, device, progress)
         digest = weights_digest(folder)
-    layout = KvLayout.of(model_config, config.block_size, dtype)
-    num_blocks = layout.blocks_in(config.kv_memory)
+    num_blocks = format.blocks_in(config.kv_memory)
     longest = min(config.max_model_len or model_config.max_position_embeddings, num_blocks * config.block_size)
-    pool = KvPool(layout, num_blocks, allocator(device))
+    pool = KvPool(format, 0, num_blocks, allocator(device))
     rope = rope_table(model_config.rope, model_config.head_dim, longest, device)
     model = Model(model_config, weights, ops, rope)
     runner = TorchRunner(model, pool, model_config.eos_ids, device, ops.name)
@@ -148,9 +155,10 @@ def build_engine(
     return Engine(
         runner=runner,
         pool=pool,
+        format=format,
         model_config=model_config,
         eos_ids=model_config.eos_ids,
-        fingerprint=_fingerprint(digest, layout, ops),
+        fingerprint=fingerprint({"weights": digest, "dtype": str(dtype), "numerics": ops.name}),
         vocab_size=model_config.vocab_size,
         max_model_len=longest,
         num_blocks=num_blocks,
@@ -175,18 +183,6 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc accepts
         libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-
-
-def _fingerprint(digest: str, layout: KvLayout, ops: Ops) -> str:
-    return fingerprint(
-        {
-            "weights": digest,
-            "dtype": str(layout.dtype),
-            "block_size": layout.block_size,
-            "kv": f"{layout.num_layers}x2x{layout.num_kv_heads}x{layout.block_size}x{layout.head_dim}",
-            "numerics": ops.name,
-        }
-    )
 
 
 def _warm_up(runner: TorchRunner, room: int, config: EngineConfig) -> None:
