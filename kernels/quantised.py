@@ -22,6 +22,9 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The quantised types, and the element that a token's largest value becomes."""
 
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
+_ROUND = 1.5 * 2**23
+"""Added and taken away, it rounds a small float32 to the nearest whole number, halves to the even one. `torch.round`
+would start a team of threads from 2048 elements on, where all else here does from 32768 on."""
 
 
 def quantise(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +37,9 @@ def quantise(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     wide = values.float()
     scales = (wide.abs().amax(-1) / LARGEST[dtype]).clamp_(min=_LEAST_SCALE)
     wide = (wide / scales[..., None]).clamp_(-LARGEST[dtype], LARGEST[dtype])  # a quotient may round to beyond it
-    return (wide.round_() if dtype == torch.int8 else wide).to(dtype), scales
+    if dtype == torch.int8:
+        wide.add_(_ROUND).sub_(_ROUND)
+    return wide.to(dtype), scales
 
 
 def dequantise(elements: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -46,7 +51,8 @@ def split_rows(rows: torch.Tensor, dtype: torch.dtype, head_dim: int) -> tuple[t
     """Views into rows [..., row bytes] uint8 of any number of tokens: elements [..., tokens, head_dim], and scales
     [..., tokens] float32 where `dtype` has them. `common/kv_format.py` says what a row is."""
     if dtype not in LARGEST:
-        return rows.view(dtype).view(*rows.shape[:-1], -1, head_dim), None
+        tokens = rows.shape[-1] // (head_dim * dtype.itemsize)
+        return rows.view(dtype).view(*rows.shape[:-1], tokens, head_dim), None
     tokens = rows.shape[-1] // (head_dim + torch.float32.itemsize)
     size = tokens * head_dim
     elements = rows[..., :size].view(dtype).view(*rows.shape[:-1], tokens, head_dim)
