@@ -17,12 +17,13 @@ import setproctitle
 import typer
 
 from .. import __version__
+from ..common.child import EXIT_CONFIG
 from ..common.errors import BatonError, InvalidRequest
 from . import models
 from .cluster import gateway_config, usable_cores, worker_configs
 from .controller import Controller, claim_port
 from .display import Display, make_display
-from .launcher import EXIT_CONFIG, LocalLauncher, LogFiles, Spec
+from .launcher import LocalLauncher, LogFiles, Spec
 from .models import ImportJob
 from .settings import ServeConfig, Setting, from_yaml, resolve
 

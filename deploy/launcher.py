@@ -1,7 +1,7 @@
 """Starts processes and ends them. `LocalLauncher` starts them on this machine; other launchers place them elsewhere.
 
 A child learns what it is from one line of JSON on its standard input, and holds on to that input: when its parent
-dies, however it dies, the input ends and the child with it (`process.py`).
+dies, however it dies, the input ends and the child with it (`common/child.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ from ..common.config import GatewayConfig, WorkerConfig, to_json
 from .models import ImportJob
 
 Config = WorkerConfig | GatewayConfig | ImportJob
-
-EXIT_FAILED = 1
-EXIT_CONFIG = 78
-"""A process was told what can never work (EX_CONFIG of sysexits.h): starting it again is of no use."""
 
 KEPT_LINES = 20
 """Last log lines of a process that are kept, to be shown when it dies."""

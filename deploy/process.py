@@ -7,30 +7,25 @@ fastapi.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
-import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import setproctitle
 
 from ..common import log
+from ..common.child import EXIT_CONFIG, EXIT_FAILED, die_with, read_line
 from ..common.config import GatewayConfig, WorkerConfig, from_json
 from ..common.errors import BatonError
-from .launcher import EXIT_CONFIG, EXIT_FAILED, Envelope
+from .launcher import Envelope
 from .models import ImportJob
-
-PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger("baton")
 
 
 def main() -> int:
     """Read the configuration, become that process, and return its exit code."""
-    envelope = from_json(_read_line(), Envelope)
+    envelope = from_json(read_line(), Envelope)
     setproctitle.setproctitle(f"baton {envelope.name}")
     log.setup(envelope.name)
     die_with(envelope.parent)
@@ -64,36 +59,6 @@ def _run(envelope: Envelope) -> None:
             import_gguf(Path(job.source), Path(job.target), job.dtype)
         case kind:
             raise BatonError(f"no such kind of process: {kind}")
-
-
-def _read_line() -> bytes:
-    # Not through sys.stdin, whose buffer the lifeline, which reads the same descriptor afterwards, could hold at exit.
-    line = b""
-    while not line.endswith(b"\n"):
-        data = os.read(0, 1 << 16)
-        if not data:
-            sys.exit("baton.deploy.process is started by `baton serve`, with its configuration on standard input")
-        line += data
-    return line
-
-
-def die_with(parent: int) -> None:
-    """End this process when `parent` ends, however that happens.
-
-    Linux delivers SIGKILL at once, to a stopped process as well. Everywhere, standard input ends, which a thread waits
-    for; it needs the interpreter to run, so it comes second.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
-        os._exit(EXIT_FAILED)
-    threading.Thread(target=_lifeline, name="lifeline", daemon=True).start()
-
-
-def _lifeline() -> None:
-    while os.read(0, 1 << 10):
-        pass
-    os._exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from baton.common.child import EXIT_CONFIG
 from baton.common.config import EngineConfig, GatewayConfig, WorkerConfig
 from baton.common.errors import BatonError, StaleEpoch, Unauthorized
 from baton.common.messages import Members, WorkerStatus
 from baton.common.types import Role
 from baton.deploy.controller import Controller, Endpoint, claim_port, curl_line
-from baton.deploy.launcher import EXIT_CONFIG, Spec
+from baton.deploy.launcher import Spec
 from baton.deploy.members import MemberTable
 from baton.deploy.supervisor import RestartPolicy
 from baton.protos.rpc import Peer, controller_handlers, listen, make_server

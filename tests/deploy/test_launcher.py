@@ -15,20 +15,21 @@ from pathlib import Path
 import psutil
 import pytest
 
+from baton.common.child import EXIT_CONFIG
 from baton.common.config import EngineConfig, GatewayConfig, WorkerConfig
 from baton.common.types import Role
-from baton.deploy.launcher import EXIT_CONFIG, KEPT_LINES, LocalLauncher, LogFiles, Spec, to_line
+from baton.deploy.launcher import KEPT_LINES, LocalLauncher, LogFiles, Spec, to_line
 from baton.deploy.models import ImportJob
 
 GATEWAY = Spec("gateway", GatewayConfig(model="m", model_name="n"))
 
 CHILD = """
 import os, sys, time
+from baton.common.child import die_with, read_line
 from baton.common.config import from_json
-from baton.deploy import process
 from baton.deploy.launcher import Envelope
 {before}
-process.die_with(from_json(process._read_line(), Envelope).parent)
+die_with(from_json(read_line(), Envelope).parent)
 print("child", os.getpid(), flush=True)
 time.sleep(60)
 """

@@ -7,9 +7,10 @@ import signal
 from collections import deque
 from dataclasses import dataclass, field
 
+from baton.common.child import EXIT_CONFIG
 from baton.common.clock import ManualClock
 from baton.common.config import GatewayConfig
-from baton.deploy.launcher import EXIT_CONFIG, Spec
+from baton.deploy.launcher import Spec
 from baton.deploy.supervisor import RestartPolicy, Restarts, Supervisor
 
 SPEC = Spec("gateway", GatewayConfig(model="m", model_name="n"))
