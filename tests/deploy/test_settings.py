@@ -54,6 +54,10 @@ def test_file_and_flags_meet_and_flags_win(tmp_path: Path) -> None:
         ("threads: -1\n", ":1: threads: -1 is out of range: it must be 0 or more"),
         ("router:\n  lease_s: .nan\n", ":2: router.lease_s: nan is out of range: it must be above 0"),
         ("engine:\n  dtype: int3\n", ":2: engine.dtype: 'int3' is not one of auto, float32"),
+        (
+            "engine:\n  kv_dtype: int3\n",
+            ":2: engine.kv_dtype: 'int3' is not one of auto, float32, bfloat16, float16, int8",
+        ),
         ("engine: fast\n", ":1: engine must hold fields"),
         ("- port\n", ":1: the file must hold fields"),
         ("port: 1\n\nport: 2\n", ":3: port: given twice"),
