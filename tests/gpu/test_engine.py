@@ -8,6 +8,7 @@ import torch
 from baton.bench.gpu_engine import TOP, agreement, generate, sequence
 from baton.common.config import EngineConfig
 from baton.engine.runner import build_engine
+from baton.kernels.quantised import TYPES, quantise
 
 from ..tiny import ARCHITECTURES, make_checkpoint
 
@@ -54,3 +55,19 @@ def test_bfloat16_is_what_auto_means_and_stays_near_float32(tmp_path):
     near = dict(full.logprob.top)
     assert any(abs(value - near[token]) > 1e-5 for token, value in half.logprob.top if token in near)
     assert all(abs(value - near[token]) < 0.3 for token, value in half.logprob.top[:5] if token in near)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3"])
+def test_eight_bit_kv_is_on_cuda_what_it_is_on_cpu(tmp_path, kv_dtype):
+    values = torch.randn(50, 4, 64, generator=torch.Generator().manual_seed(0))
+    expected, found = (quantise(values.to(device), TYPES[kv_dtype]) for device in ("cpu", "cuda"))
+    assert torch.equal(found[0].cpu().view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(found[1].cpu(), expected[1])
+    path = make_checkpoint(tmp_path)
+    prompt = list(range(5, 60))
+    narrow, full = (
+        generate(engine(path, dtype="float32", kv_dtype=kept), [sequence(0, prompt, 128, TOP)], 2, chunk=16)[0][0]
+        for kept in (kv_dtype, "auto")
+    )
+    near = dict(full.logprob.top)
+    assert all(abs(value - near[token]) < 0.8 for token, value in narrow.logprob.top[:5] if token in near)
