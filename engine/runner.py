@@ -33,6 +33,7 @@ from .plan import OnLayer, Sampled, Slice, StepPlan
 from .rope import rope_table
 from .sampler import Sampler
 from .sequence import Sequence
+from .shard import shard
 from .weights import Progress, dummy_weights, load_weights, weights_digest
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -137,9 +138,9 @@ def build_engine(
         ops = ConvertedKvOps(ops, TYPES[kv_dtype])
     begin = time.monotonic()
     if config.dummy_weights:
-        weights, digest = dummy_weights(model_config, ops, dtype, device, progress), "dummy"
+        weights, digest = dummy_weights(shard(model_config), ops, dtype, device, progress), "dummy"
     else:
-        weights = load_weights(folder, model_config, ops, dtype, device, progress)
+        weights = load_weights(folder, shard(model_config), ops, dtype, device, progress)
         digest = weights_digest(folder)
     num_blocks = format.blocks_in(config.kv_memory)
     longest = min(config.max_model_len or model_config.max_position_embeddings, num_blocks * config.block_size)

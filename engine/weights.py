@@ -1,4 +1,7 @@
-"""Weights: from a checkpoint's safetensors, or made up (dummy), into the layout that the operations want."""
+"""Weights: from a checkpoint's safetensors, or made up (dummy), into the layout that the operations want.
+
+Every rank reads its own part only (`shard.py`); without tensor parallelism there is a single rank, whose part is all.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from safetensors import SafetensorError, safe_open
 from ..common.errors import InvalidRequest
 from ..kernels.ops import Ops
 from .model import LayerWeights, Weights
-from .model_config import ModelConfig
+from .shard import Axis, Shard
 
 Progress = Callable[[float], None]
 """Called with the share that is done, 0 to 1."""
 
-TensorSource = Callable[[str, tuple[int, ...]], torch.Tensor]
-"""A tensor by its Hugging Face name; must have the given shape."""
+TensorSource = Callable[..., torch.Tensor]
+"""`source(name, *axes)`: of the tensor with this Hugging Face name, which has the axes' sizes, the axes' parts."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
+    folder: Path, shard: Shard, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> Weights:
     """Read model.safetensors, or the shards that model.safetensors.index.json lists.
 
@@ -34,19 +37,21 @@ def load_weights(
     where = _tensor_files(folder)
     used: set[str] = set()
 
-    def source(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def source(name: str, *axes: Axis) -> torch.Tensor:
         if name not in where:
             raise InvalidRequest(f"{folder}: tensor {name} is missing", param="model")
         used.add(name)
+        shape = [axis.size for axis in axes]
         with safe_open(where[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        if tensor.shape != shape:
-            raise InvalidRequest(
-                f"{folder}: tensor {name} is {list(tensor.shape)}; config.json says {list(shape)}", param="model"
-            )
+            stored = file.get_slice(name)
+            if stored.get_shape() != shape:
+                raise InvalidRequest(
+                    f"{folder}: tensor {name} is {stored.get_shape()}; config.json says {shape}", param="model"
+                )
+            tensor: torch.Tensor = stored[_index(axes)]
         return tensor.to(device=device, dtype=dtype)
 
-    weights = assemble(config, source, ops, progress)
+    weights = assemble(shard, source, ops, progress)
     # Old checkpoints carry RoPE's frequencies, and some a head although the embedding serves as head.
     harmless = {name for name in where if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
     unexpected = sorted(where.keys() - used - harmless)
@@ -55,61 +60,69 @@ def load_weights(
     return weights
 
 
-def dummy_weights(
-    config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Weights:
+def dummy_weights(shard: Shard, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress) -> Weights:
     """Random weights, the same for everyone, made on the device: to measure speed without a checkpoint."""
     generator = torch.Generator(device=device).manual_seed(0)
 
-    def source(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def source(name: str, *axes: Axis) -> torch.Tensor:
+        whole = torch.empty([axis.size for axis in axes], dtype=dtype, device=device)
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=dtype, device=device)
-        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+            return whole.fill_(1.0)
+        return whole.normal_(0.0, 0.02, generator=generator)[_index(axes)]
 
-    return assemble(config, source, ops, progress)
+    return assemble(shard, source, ops, progress)
 
 
-def assemble(config: ModelConfig, source: TensorSource, ops: Ops, progress: Progress) -> Weights:
-    """Ask `source` for every tensor of the model and fuse and pack them."""
-    hidden = config.hidden_size
-    table = ops.pack(source("model.embed_tokens.weight", (config.vocab_size, hidden)))
-    head = table if config.tied else ops.pack(source("lm_head.weight", (config.vocab_size, hidden)))
+def assemble(shard: Shard, source: TensorSource, ops: Ops, progress: Progress) -> Weights:
+    """Ask `source` for a rank's part of every tensor of the model, and fuse and pack them."""
+    config = shard.config
+
+    def table(name: str) -> torch.Tensor:
+        rows = source(name, shard.vocabulary, shard.hidden)
+        missing = shard.vocabulary_rows - len(rows)
+        return ops.pack(torch.cat((rows, rows.new_zeros(missing, rows.shape[1]))) if missing else rows)
+
+    embedding = table("model.embed_tokens.weight")
+    head = embedding if config.tied else table("lm_head.weight")
     layers = []
     for index in range(config.num_layers):
         progress((index + 1) / (config.num_layers + 1))
-        layers.append(_layer(config, source, ops, f"model.layers.{index}."))
-    final_gain = source("model.norm.weight", (hidden,))
+        layers.append(_layer(shard, source, ops, f"model.layers.{index}."))
+    final_gain = source("model.norm.weight", shard.hidden)
     progress(1.0)
-    return Weights(table, tuple(layers), final_gain, head)
+    return Weights(embedding, tuple(layers), final_gain, head)
 
 
-def _layer(config: ModelConfig, source: TensorSource, ops: Ops, prefix: str) -> LayerWeights:
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_heads * dim, config.num_kv_heads * dim
+def _layer(shard: Shard, source: TensorSource, ops: Ops, prefix: str) -> LayerWeights:
+    config, hidden = shard.config, shard.hidden
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
-    qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    gate_up = {"gate_proj": inner, "up_proj": inner}
+    qkv = {"q_proj": shard.queries, "k_proj": shard.keys, "v_proj": shard.keys}
+    gate_up = {"gate_proj": shard.inner, "up_proj": shard.inner}
 
-    def matrix(room: str, parts: dict[str, int], columns: int) -> torch.Tensor:
-        return ops.pack(torch.cat([source(f"{room}{name}.weight", (rows, columns)) for name, rows in parts.items()]))
+    def matrix(room: str, parts: dict[str, Axis], columns: Axis) -> torch.Tensor:
+        return ops.pack(torch.cat([source(f"{room}{name}.weight", rows, columns) for name, rows in parts.items()]))
 
-    def bias(present: bool, room: str, parts: dict[str, int]) -> torch.Tensor | None:
-        return torch.cat([source(f"{room}{name}.bias", (rows,)) for name, rows in parts.items()]) if present else None
+    def bias(present: bool, room: str, parts: dict[str, Axis]) -> torch.Tensor | None:
+        return torch.cat([source(f"{room}{name}.bias", rows) for name, rows in parts.items()]) if present else None
 
     return LayerWeights(
-        input_gain=source(prefix + "input_layernorm.weight", (hidden,)),
+        input_gain=source(prefix + "input_layernorm.weight", hidden),
         qkv=matrix(attention, qkv, hidden),
         qkv_bias=bias(config.qkv_bias, attention, qkv),
-        query_gain=source(attention + "q_norm.weight", (dim,)) if config.qk_norm else None,
-        key_gain=source(attention + "k_norm.weight", (dim,)) if config.qk_norm else None,
-        output=matrix(attention, {"o_proj": hidden}, queries),
+        query_gain=source(attention + "q_norm.weight", shard.head_dim) if config.qk_norm else None,
+        key_gain=source(attention + "k_norm.weight", shard.head_dim) if config.qk_norm else None,
+        output=matrix(attention, {"o_proj": hidden}, shard.queries),
         output_bias=bias(config.o_bias, attention, {"o_proj": hidden}),
-        inner_gain=source(prefix + "post_attention_layernorm.weight", (hidden,)),
+        inner_gain=source(prefix + "post_attention_layernorm.weight", hidden),
         gate_up=matrix(mlp, gate_up, hidden),
         gate_up_bias=bias(config.mlp_bias, mlp, gate_up),
-        down=matrix(mlp, {"down_proj": hidden}, inner),
+        down=matrix(mlp, {"down_proj": hidden}, shard.inner),
         down_bias=bias(config.mlp_bias, mlp, {"down_proj": hidden}),
     )
+
+
+def _index(axes: tuple[Axis, ...]) -> tuple[slice, ...]:
+    return tuple(slice(axis.part.start, axis.part.stop) for axis in axes)
 
 
 def weights_digest(folder: Path) -> str:

@@ -147,13 +147,14 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> 
     from safetensors.torch import load_file, save_file
 
     from baton.engine.model_config import ModelConfig
+    from baton.engine.shard import shard
 
-    config, tensors = ModelConfig.load(checkpoint), load_file(checkpoint / "model.safetensors")
+    whole, tensors = shard(ModelConfig.load(checkpoint)), load_file(checkpoint / "model.safetensors")
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
 
     def load(changed: dict[str, torch.Tensor]) -> None:
         save_file(changed, tmp_path / "model.safetensors")
-        load_weights(tmp_path, config, TorchOps(), torch.float32, torch.device("cpu"), lambda share: None)
+        load_weights(tmp_path, whole, TorchOps(), torch.float32, torch.device("cpu"), lambda share: None)
 
     name = "model.layers.1.mlp.up_proj.weight"
     load(tensors | {"lm_head.weight": torch.zeros(2)})
@@ -165,7 +166,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> 
         load(tensors | {"model.extra": torch.zeros(3)})
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        load_weights(tmp_path, config, TorchOps(), torch.float32, torch.device("cpu"), lambda share: None)
+        load_weights(tmp_path, whole, TorchOps(), torch.float32, torch.device("cpu"), lambda share: None)
 
 
 def test_shards_load_like_one_file(checkpoint: Path, tmp_path: Path) -> None:
