@@ -1,7 +1,6 @@
 """The operations in compiled C (`native.c`): float32 on a CPU.
 
-The library is compiled once with the system's C compiler and kept in the user's cache. Its OpenMP symbols are left
-open and found in torch's own runtime, so that both share one team of threads.
+The library's OpenMP symbols are left open and found in torch's own runtime, so that both share one team of threads.
 """
 
 from __future__ import annotations
@@ -11,21 +10,16 @@ import functools
 import hashlib
 import logging
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
+from .build import load
 from .ops import Heads, Rows
 
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.c")
-_COMPILE_TIMEOUT_S = 120.0
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
@@ -145,8 +139,8 @@ def load_library() -> ctypes.CDLL | None:
         runtime = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
         if runtime is not None:
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+        library = load(_SOURCE, "-fopenmp")
+    except OSError as error:
         log.warning("compiled CPU operations are not available, torch's are used: %s", error)
         return None
     for name, arguments in _SIGNATURES.items():
@@ -154,42 +148,3 @@ def load_library() -> ctypes.CDLL | None:
         function.argtypes = arguments
         function.restype = _INT if name == "panel_width" else None
     return library
-
-
-def _compiled() -> Path:
-    """The shared library for this source, compiler and processor, from the cache or compiled now."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        raise OSError("there is no C compiler")
-    tune = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    flags = ["-O3", tune, "-std=gnu11", "-fPIC", "-fopenmp"]
-    version = _call([compiler, "--version"])
-    key = hashlib.blake2b(
-        "\n".join((_SOURCE.read_text(), compiler, version, _processor(), *flags)).encode(), digest_size=12
-    )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "kernels"
-    target = cache / f"native-{key.hexdigest()}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            item, built = Path(scratch) / "native.o", Path(scratch) / "native.so"
-            _call([compiler, *flags, "-c", str(_SOURCE), "-o", str(item)])
-            _call([compiler, "-shared", str(item), "-o", str(built), "-lm"])  # without -fopenmp: torch has the runtime
-            built.replace(target)
-    return target
-
-
-def _call(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()[:500]}")
-    return done.stdout
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -1,0 +1,202 @@
+/* Copying segments of memory, and summing them with XXH3-64 in the same pass.
+ *
+ * A copy of more than the caches hold is bound by memory, and the processor has time to spare while it waits: each
+ * line is loaded once, goes into the checksum, and is stored from the same register. So the sum is that of the bytes
+ * that were stored, even if somebody writes to the source meanwhile.
+ *
+ * XXH3 (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md) for inputs of more than 240 bytes: eight 64-bit sums
+ * take in stripes of 64 bytes; stripe i of a block of 16 is mixed with the secret from byte 8 i on; after a block
+ * the sums are scrambled; the last stripe has a place in the secret of its own. Segments here are whole stripes, so
+ * that a piece's last stripe overlaps no other.
+ */
+
+#include <stdint.h>
+#include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "XXH3 reads little-endian numbers; the caller has another way"
+#endif
+
+enum { STRIPE = 64, BLOCK = 16 /* stripes */ };
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* `product` is low half times high half in each lane. `stream` stores past the caches, to an aligned address: a line
+ * that is written whole need not be read first, and what lies in the caches stays there. */
+#if defined(__AVX2__)
+#include <immintrin.h>
+typedef uint64_t lanes __attribute__((vector_size(32)));
+INLINE lanes product(lanes x) { return (lanes)_mm256_mul_epu32((__m256i)x, (__m256i)(x >> 32)); }
+INLINE void stream(uint8_t *p, lanes x) { _mm256_stream_si256((__m256i *)p, (__m256i)x); }
+INLINE void settle(void) { _mm_sfence(); }
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+typedef uint64_t lanes __attribute__((vector_size(16)));
+INLINE lanes product(lanes x) { return (lanes)_mm_mul_epu32((__m128i)x, (__m128i)(x >> 32)); }
+INLINE void stream(uint8_t *p, lanes x) { _mm_stream_si128((__m128i *)p, (__m128i)x); }
+INLINE void settle(void) { _mm_sfence(); }
+#else
+typedef uint64_t lanes __attribute__((vector_size(16)));
+INLINE lanes product(lanes x) { return (x & 0xffffffff) * (x >> 32); }
+INLINE void stream(uint8_t *p, lanes x) { memcpy(p, &x, sizeof(x)); }
+INLINE void settle(void) {}
+#endif
+
+enum { WIDTH = sizeof(lanes), VECTORS = STRIPE / WIDTH };
+
+typedef struct {
+    lanes v[VECTORS];
+} sums;
+
+INLINE lanes load(const uint8_t *p)
+{
+    lanes x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+INLINE lanes swap_neighbours(lanes x)
+{
+#if defined(__AVX2__)
+    return (lanes)_mm256_shuffle_epi32((__m256i)x, 0x4e);
+#else
+    return (lanes){x[1], x[0]};
+#endif
+}
+
+/* ---- XXH3-64 with its own secret and seed 0 ----------------------------------------------------------------------*/
+
+static const uint64_t P32_1 = 0x9E3779B1u, P32_2 = 0x85EBCA77u, P32_3 = 0xC2B2AE3Du;
+static const uint64_t P64_1 = 0x9E3779B185EBCA87u, P64_2 = 0xC2B2AE3D27D4EB4Fu, P64_3 = 0x165667B19E3779F9u;
+static const uint64_t P64_4 = 0x85EBCA77C2B2AE63u, P64_5 = 0x27D4EB2F165667C5u, P_MIX = 0x165667919E3779F9u;
+
+static const uint8_t SECRET[192] = {
+    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
+    0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
+    0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
+    0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c,
+    0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
+    0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8,
+    0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d,
+    0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64,
+    0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
+    0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
+    0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
+    0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
+};
+
+/* Where in the secret its parts for one purpose begin. */
+enum { FOR_SCRAMBLE = 128, FOR_LAST = 121, FOR_RESULT = 11 };
+
+INLINE sums begin(void)
+{
+    const uint64_t first[8] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
+    sums s;
+    memcpy(&s, first, sizeof(s));
+    return s;
+}
+
+INLINE void scramble(sums *s)
+{
+    for (int v = 0; v < VECTORS; v++) {
+        lanes x = s->v[v] ^ s->v[v] >> 47 ^ load(SECRET + FOR_SCRAMBLE + v * WIDTH);
+        s->v[v] = x * P32_1;
+    }
+}
+
+static uint64_t result(const sums *s, uint64_t length)
+{
+    uint64_t all[8], key[8], out = length * P64_1;
+    memcpy(all, s, sizeof(all));
+    memcpy(key, SECRET + FOR_RESULT, sizeof(key));
+    for (int i = 0; i < 8; i += 2) {
+        unsigned __int128 wide = (unsigned __int128)(all[i] ^ key[i]) * (all[i + 1] ^ key[i + 1]);
+        out += (uint64_t)wide ^ (uint64_t)(wide >> 64);
+    }
+    out = (out ^ out >> 37) * P_MIX;
+    return out ^ out >> 32;
+}
+
+/* ---- one pass ----------------------------------------------------------------------------------------------------*/
+
+enum put { NOWHERE, CACHED, STREAMED };
+
+enum { AHEAD = 4096 }; /* bytes from where the pass is to where it fetches: the time that memory takes to answer */
+
+/* Up to a block of stripes, while others are fetched. `check`, `put` and, in blocks, `stripes` are known to the
+ * compiler, so that the sums stay in registers and the loop has no branches. */
+INLINE void run(sums *s, const uint8_t *from, uint8_t *to, const uint8_t *fetch, long stripes, const uint8_t *key,
+                int check, enum put put)
+{
+    for (long i = 0; i < stripes; i++) {
+        __builtin_prefetch(fetch + i * STRIPE);
+        for (int v = 0; v < VECTORS; v++) {
+            long at = i * STRIPE + v * WIDTH;
+            lanes x = load(from + at);
+            if (check) s->v[v] += product(x ^ load(key + i * 8 + v * WIDTH)) + swap_neighbours(x);
+            if (put == CACHED) memcpy(to + at, &x, WIDTH);
+            if (put == STREAMED) stream(to + at, x);
+        }
+    }
+}
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
+/* The hardware looks ahead within a page; the next segment may lie anywhere. So a second place runs through the
+ * segments, AHEAD in front of the first. Where it enters a segment that will be streamed to, it fetches that one's
+ * first line, too: for the address of its page, which takes as long to find as the line. */
+INLINE void pass(const uint8_t *source, const int64_t *source_at, uint8_t *target, const int64_t *target_at,
+                 long pieces, long segments, long size, uint64_t *out, int check, enum put put)
+{
+    long all = pieces * segments, ahead = AHEAD / size, within = AHEAD % size; /* segment, and byte in it */
+    for (long piece = 0; piece < pieces; piece++) {
+        sums s = begin();
+        long done = 0; /* stripes of the running block */
+        for (long i = piece * segments; i < (piece + 1) * segments; i++) {
+            long stop = i + 1 == (piece + 1) * segments ? size - STRIPE : size; /* the piece's last stripe, or none */
+            for (long at = 0, stripes; at < size; at += stripes * STRIPE) {
+                const uint8_t *from = source + source_at[i] + at;
+                const uint8_t *fetch = ahead < all ? source + source_at[ahead] + within : from;
+                uint8_t *to = put == NOWHERE ? 0 : target + target_at[i] + at;
+                if (put == STREAMED && ahead < all && within == 0) __builtin_prefetch(target + target_at[ahead], 1);
+                stripes = least(least(BLOCK - done, (stop - at) / STRIPE), (size - within) / STRIPE);
+                if (at == stop)
+                    run(&s, from, to, fetch, stripes = 1, SECRET + FOR_LAST, check, put);
+                else if (stripes == BLOCK)
+                    run(&s, from, to, fetch, BLOCK, SECRET, check, put);
+                else
+                    run(&s, from, to, fetch, stripes, SECRET + done * 8, check, put);
+                if (at != stop && (done += stripes) == BLOCK) {
+                    scramble(&s);
+                    done = 0;
+                }
+                if ((within += stripes * STRIPE) == size) {
+                    within = 0;
+                    ahead++;
+                }
+            }
+        }
+        if (check) out[piece] = result(&s, segments * size);
+    }
+}
+
+/* Copy `pieces` of `segments` each to target and put their sums into out. No target: sums only. No out: copy only.
+ * Where sums are wanted, size must be a multiple of STRIPE and a piece more than 240 bytes. `streamed` asks for stores
+ * past the caches; then size must be a multiple of STRIPE, too, and every place in the target of WIDTH. */
+void move(const uint8_t *source, const int64_t *source_at, uint8_t *target, const int64_t *target_at, long pieces,
+          long segments, long size, int streamed, uint64_t *out)
+{
+    if (!target) {
+        pass(source, source_at, 0, 0, pieces, segments, size, out, 1, NOWHERE);
+    } else if (out && !streamed) {
+        pass(source, source_at, target, target_at, pieces, segments, size, out, 1, CACHED);
+    } else if (!streamed) {
+        for (long i = 0; i < pieces * segments; i++) memcpy(target + target_at[i], source + source_at[i], size);
+    } else {
+        if (out)
+            pass(source, source_at, target, target_at, pieces, segments, size, out, 1, STREAMED);
+        else
+            pass(source, source_at, target, target_at, pieces, segments, size, out, 0, STREAMED);
+        settle();
+    }
+}
