@@ -182,10 +182,13 @@ INLINE void pass(const uint8_t *source, const int64_t *source_at, uint8_t *targe
 
 /* Copy `pieces` of `segments` each to target and put their sums into out. No target: sums only. No out: copy only.
  * Where sums are wanted, size must be a multiple of STRIPE and a piece more than 240 bytes. `streamed` asks for stores
- * past the caches; then size must be a multiple of STRIPE, too, and every place in the target of WIDTH. */
+ * past the caches, which are made if all places in the target allow it; size must be a multiple of STRIPE then, too. */
 void move(const uint8_t *source, const int64_t *source_at, uint8_t *target, const int64_t *target_at, long pieces,
           long segments, long size, int streamed, uint64_t *out)
 {
+    uintptr_t address = (uintptr_t)target;
+    for (long i = 0; target && i < pieces * segments; i++) address |= (uintptr_t)target + target_at[i];
+    streamed = streamed && address % WIDTH == 0;
     if (!target) {
         pass(source, source_at, 0, 0, pieces, segments, size, out, 1, NOWHERE);
     } else if (out && !streamed) {

@@ -37,9 +37,9 @@ _STRIPE = 64
 _LONG_PIECE = 240
 """XXH3 sums pieces of up to so many bytes in other ways."""
 
-_STREAM_FROM = 2 << 20
-"""Copies of more bytes than this go past the caches. Otherwise each line of the target is read before it is written,
-and the copy pushes out of the caches what others work on; but what was copied can be read from there at once."""
+_STREAM_FROM = 256 << 10
+"""Copies of more bytes than this go past the caches where the target is aligned. Otherwise each line of the target is
+read before it is written, and a handover pushes out of the caches what the engine computes with."""
 
 
 def copy(
@@ -62,8 +62,7 @@ def copy(
         for one, other in zip(source_at.flat, target_at.flat, strict=True):
             target[other : other + size] = source[one : one + size]
         return _plain_checksums(target, target_at, size) if checked else sums
-    place = target_at + target.ctypes.data
-    streamed = source_at.size * size > _STREAM_FROM and size % _STRIPE == 0 and not (place % _STRIPE).any()
+    streamed = source_at.size * size > _STREAM_FROM and size % _STRIPE == 0
     library.move(
         *(source.ctypes.data, source_at.ctypes.data, target.ctypes.data, target_at.ctypes.data),
         *(*source_at.shape, size, streamed, sums.ctypes.data if checked else None),
@@ -91,11 +90,13 @@ def _places(memory: Memory, places: Places, size: int) -> Places:
         raise ValueError(f"a memory is contiguous bytes, not {memory.dtype} {memory.shape}")
     if places.dtype != np.int64 or places.ndim != 2 or size < 0:
         raise ValueError(f"segments are int64 [pieces, segments], not {places.dtype} {places.shape}, of size {size}")
-    if places.size and not 0 <= places.min() <= places.max() <= memory.size - size:
+    places = np.ascontiguousarray(places)
+    # Read as unsigned, a place before the front is one far behind the end.
+    if places.size and not int(places.view(np.uint64).max()) <= memory.size - size:
         raise IndexError(
             f"segments of {size} bytes from {places.min()} to {places.max()} in a memory of {memory.size} bytes"
         )
-    return np.ascontiguousarray(places)
+    return places
 
 
 def _fits(places: Places, size: int) -> bool:
