@@ -177,33 +177,6 @@ def gateway(
         console.print(f"wrote results/{path.name}")
 
 
-@app.command(epilog="Example: baton bench handover --tokens 512,4096 --save handover")
-def handover(
-    tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = "512,4096",
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,
-    token_bytes: Annotated[int, typer.Option(min=1, help="KV bytes of one token in one layer.")] = 1536,
-    rounds: Annotated[int, typer.Option(min=1, help="Handovers of each length.")] = 10,
-    save: Save = "",
-) -> None:
-    """KV from one process to another over gRPC, with nothing to compute: GB/s, beside a copy in memory."""
-    from . import record
-    from .handover import Layout, measure
-
-    found = {}
-    for length in _numbers(tokens, int):
-        layout = Layout(layers, -(-length // 16), 16 * token_bytes)
-        speed = found[length] = asyncio.run(measure(layout, rounds))
-        typer.echo(
-            f"{length} tokens, {speed.bytes / 1e6:.0f} MB: {speed.handover:.2f} GB/s, memcpy {speed.memcpy:.2f} GB/s"
-        )
-    if save:
-        parameters = {"layers": layers, "token_bytes": token_bytes, "rounds": rounds}
-        path = record.write(
-            save, "handover", {str(length): asdict(speed) for length, speed in found.items()}, parameters
-        )
-        typer.echo(f"wrote results/{path.name}")
-
-
 @app.command(epilog="Example: baton bench simulate --prefill 1 --decode 2 --rate 3 --requests 1000")
 def simulate(
     prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1,

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+import numpy as np
+
 from ..common.config import HandoverConfig
 from ..common.errors import BatonError
 from ..common.hashing import BlockHasher, cluster_key
-from ..common.messages import Filled, Renew, RouterMessage, Spoiled, StepReport
+from ..common.kv_format import KvFormat
+from ..common.messages import Endpoint, Filled, Renew, RouterMessage, Spoiled, StepReport
 from ..common.types import Role, WorkerInfo, WorkerRef
 from ..engine.block_table import BlockTable
 from ..engine.loop import EngineLoop
@@ -18,8 +21,10 @@ from ..engine.mailbox import FromRouter, FromSource, FromTarget, Inbox, InboxIte
 from ..engine.plan import OnLayer, Sampled, StepPlan
 from ..engine.role import Context, Limits
 from ..kvtransfer import wire
-from ..kvtransfer.inlet import Inlet
-from ..kvtransfer.transport import Offer
+from ..kvtransfer.inlet import RankInlet
+from ..kvtransfer.layout import Cut, Route
+from ..kvtransfer.transport import Offer, Store
+from ..kvtransfer.wire import Checksums
 from ..worker.assembly import make_roles
 
 ROUTER = "router"
@@ -109,22 +114,36 @@ def next_token(tokens: Sequence[int]) -> int:
     return (tokens[-1] * 31 + len(tokens) * 7 + 1) % VOCABULARY
 
 
+@dataclass(frozen=True, slots=True)
 class _Store:
-    """A `BlockStore` of eight bytes a block: what its true size costs is the wire's business."""
+    """A `kvtransfer.transport.Store` that keeps nothing: what the bytes cost is the wire's business."""
 
-    num_layers = LAYERS
-    block_bytes = 8
+    format: KvFormat
+    num_blocks: int
+    rank: int = 0
+    checked: bool = False
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._data = [[bytes(8)] * num_blocks for _ in range(LAYERS)]
+    def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
+        return np.zeros(part.count, dtype=np.uint64)
 
-    def gather(self, layer: int, blocks: Sequence[int]) -> memoryview:
-        return memoryview(b"".join(self._data[layer][block] for block in blocks))
+    def unpack(self, layer: int, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
+        return np.zeros(len(blocks), dtype=np.uint64)
 
-    def scatter(self, layer: int, blocks: Sequence[int], data: bytes | memoryview) -> None:
-        for index, block in enumerate(blocks):
-            self._data[layer][block] = bytes(data[8 * index : 8 * index + 8])
+    def checksums(self, layer: int, blocks: Sequence[int], route: Route) -> Checksums:
+        return np.zeros(len(blocks), dtype=np.uint64)
+
+
+class _Taker:
+    """A `kvtransfer.transport.Taker` of nothing."""
+
+    def fetch(self, header: wire.FrameHeader) -> None:
+        """Nothing travels."""
+
+    def land(self, store: Store, header: wire.FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
+        return store.unpack(header.layer, blocks, route, memoryview(b""))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 @dataclass(slots=True)
@@ -133,35 +152,49 @@ class _Outlet:
 
     worker: SimWorker
     free_at: float = 0.0
+    attempts: dict[int, int] = field(default_factory=dict)
     targets: dict[int, WorkerRef] = field(default_factory=dict)
-    sent: dict[int, int] = field(default_factory=dict)
+    across: dict[int, int] = field(default_factory=dict)
+    staged: Sequence[Offer] = ()
 
-    def open(self, handover_id: int, target: WorkerRef) -> None:
-        self.targets[handover_id], self.sent[handover_id] = target, 0
+    def open(self, handover_id: int, attempt: int, target: Endpoint, transport: str) -> None:
+        self.attempts[handover_id], self.targets[handover_id], self.across[handover_id] = attempt, target.ref, 0
+
+    def stage(self, offers: Sequence[Offer]) -> None:
+        self.staged = offers
+
+    def layer(self, layer: int) -> None:
+        for offer in self.staged:
+            self._leave(offer, layer)
 
     def offer(self, offer: Offer) -> None:
-        worker, costs = self.worker, self.worker.costs
-        size = len(offer.blocks) * worker.info.block_size * costs.kv_bytes_per_token // LAYERS
-        self.free_at = max(self.free_at, worker.clock.now()) + size / costs.kv_bytes_per_s
-        self.sent[offer.handover_id] += size
-        worker.world.at(self.free_at + costs.message_s, lambda: self._arrive(offer))
+        for layer in range(LAYERS):
+            self._leave(offer, layer)
 
     def close(self, handover_id: int) -> None:
-        self.targets.pop(handover_id, None)
-        self.sent.pop(handover_id, None)
+        for known in (self.attempts, self.targets, self.across):
+            known.pop(handover_id, None)
 
-    def bytes_sent(self, handover_id: int) -> int:
-        return self.sent[handover_id]
+    def progress(self, handover_id: int) -> int:
+        return self.across[handover_id]
 
-    def _arrive(self, offer: Offer) -> None:
+    def _leave(self, offer: Offer, layer: int) -> None:
+        worker, costs = self.worker, self.worker.costs
+        size = offer.cut.count * worker.info.block_size * costs.kv_bytes_per_token // LAYERS
+        self.free_at = max(self.free_at, worker.clock.now()) + size / costs.kv_bytes_per_s
+        self.across[offer.handover_id] += size
+        worker.world.at(self.free_at + costs.message_s, lambda: self._arrive(offer, layer))
+
+    def _arrive(self, offer: Offer, layer: int) -> None:
         target = self.targets.get(offer.handover_id)
         if target is None:
             return  # closed meanwhile: its blocks may not be read any more
-        ref, payload = self.worker.info.ref, self.worker.store.gather(offer.layer, offer.blocks)
+        count = offer.cut.count
         header = wire.FrameHeader(
-            offer.handover_id, offer.attempt, offer.layer, offer.first, len(offer.blocks), wire.checksum(payload)
-        )
-        self.worker.peers[target.name].take(ref, wire.pack(header, payload))
+            offer.handover_id, self.attempts[offer.handover_id], layer, offer.first, count,
+            count * self.worker.store.format.block_bytes, bytes(8 * count),
+        )  # fmt: skip
+        self.worker.peers[target.name].take(self.worker.info.ref, header)
 
 
 class SimWorker:
@@ -173,7 +206,8 @@ class SimWorker:
     ) -> None:  # fmt: skip
         self.world, self.costs, self.info, self.peers = world, costs, info, peers
         self.clock = _StepClock(world)
-        self.store = _Store(info.total_blocks)
+        self.store = _Store(KvFormat(LAYERS, 1, 1, info.block_size, "int8"), info.total_blocks)
+        self.endpoint = Endpoint(info.ref, info.fingerprint, self.store.format, "", ({"tcp": info.ref.address},))
         self._tell_router = tell_router
         self._inbox = Inbox()
         self._wakes = 0  # counts, so that a wake-up that was overtaken is known
@@ -181,12 +215,11 @@ class SimWorker:
         self.late_frames = 0
         table = BlockTable(info.total_blocks, BlockHasher(info.block_size, cluster_key(ROUTER)))
         context = Context(
-            ref=info.ref, fingerprint=info.fingerprint, table=table, outbox=Outbox(), limits=limits,
-            handover=HandoverConfig(),
-        )  # fmt: skip
-        self._inlet = Inlet(self.store, self.clock, self.post)
+            endpoint=self.endpoint, table=table, outbox=Outbox(), limits=limits, handover=HandoverConfig()
+        )
+        self._inlet = RankInlet(self.store, self.clock, self.post)
         self._outlet = _Outlet(self)
-        roles = make_roles(info.role, context, self._inlet, self._outlet, LAYERS)
+        roles = make_roles(info.role, context, self._inlet, self._outlet)
         self.loop = EngineLoop(context, roles, _Runner(self.clock, costs), self._inbox, self.clock, self._deliver)
         self.post(RouterJoined(ROUTER))
         world.at(world.now, self._round)
@@ -202,10 +235,10 @@ class SimWorker:
     def receive(self, message: RouterMessage) -> None:
         self.post(FromRouter(ROUTER, message))
 
-    def take(self, source: WorkerRef, frame: bytes) -> None:
+    def take(self, source: WorkerRef, header: wire.FrameHeader) -> None:
         """A frame of KV has arrived."""
         try:
-            self._inlet.receive((source.name, source.epoch), frame)
+            self._inlet.receive((source.name, source.epoch), 0, header, _Taker())
         except BatonError:  # for a handover that is over: the source learns from the control messages
             self.late_frames += 1
 
@@ -228,9 +261,9 @@ class SimWorker:
         for report in mail.reports.values():
             self.world.at(arrival, lambda report=report: self._tell_router(ref.name, report))  # type: ignore[misc]
         for target, to_target in mail.to_targets:
-            self._send(arrival, target, FromSource(ref, to_target))
+            self._send(arrival, target, FromSource(self.endpoint, to_target))
         for source, to_source in mail.to_sources:
-            self._send(arrival, source, FromTarget(ref, to_source))
+            self._send(arrival, source, FromTarget(self.endpoint, to_source))
 
     def _send(self, arrival: float, to: WorkerRef, item: InboxItem) -> None:
         self.world.at(arrival, lambda: self.peers[to.name].post(item))
@@ -244,7 +277,7 @@ class SimWorker:
         for handover_id, target in self._outlet.targets.items():
             by_target.setdefault(target, []).append(handover_id)
         for target, ids in by_target.items():
-            self._send(arrival, target, FromSource(self.info.ref, Renew(tuple(ids))))
+            self._send(arrival, target, FromSource(self.endpoint, Renew(tuple(ids))))
 
 
 def sim_info(name: str, role: Role, epoch: int, blocks: int, block_size: int, longest: int, costs: Costs) -> WorkerInfo:

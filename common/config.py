@@ -51,9 +51,14 @@ class HandoverConfig:
     """Handovers that one decode worker takes in at a time, and that one prefill worker opens to it."""
     headroom_tokens: int = 64
     """Room for output that a reservation includes beside the prompt."""
-    frame_bytes: int = 1 << 20
+    transport: str = "auto"
+    """How KV travels to this worker: auto (the best that both ends have), cuda-ipc, shm, process-group, tcp or grpc.
+    One that a pair cannot use, or that fails, gives way to the next."""
+    checksums: bool = True
+    """Every piece is hashed at both ends; what does not match is recomputed."""
+    frame_bytes: int = 2 << 20
     """Payload of one data frame at most."""
-    window_frames: int = 32
+    window_frames: int = 16
     """Frames in flight from one source to one target at most: the credits."""
 
 

@@ -94,6 +94,12 @@ class HandoverFailed(BatonError):
     code, http_status, retryable = "handover_failed", 503, True
 
 
+class TransportFailed(HandoverFailed):
+    """A transport can not be had between two ranks, or broke; another may do."""
+
+    code = "transport_failed"
+
+
 class EngineFailure(BatonError):
     """The engine raised inside a step."""
 

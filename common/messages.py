@@ -7,9 +7,12 @@ used twice, so that what an abandoned attempt still says is recognised and dropp
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .hashing import BlockHash
+from .kv_format import KvFormat
 from .types import FinishReason, Request, TokenLogprob, WorkerRef
 
 # --- router → worker ------------------------------------------------------------------------------------------------
@@ -154,29 +157,59 @@ class StepReport:
     load: Load | None = None
 
 
-# --- prefill (source) ↔ decode (target) -----------------------------------------------------------------------------
+# --- source ↔ target of a handover ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What one end of a control stream says of itself in its first message: all that the other needs to know to choose
+    a transport and to lay out the bytes.
+
+    fingerprint   weights and numeric choices: ends that differ in it never hand over
+    host          names the machine (and what of it a process sees): ends with the same one can share memory
+    doors         for each rank, {transport: where that rank's KV is reached by it}; a transport without an entry is
+                  not to be had there
+    """
+
+    ref: WorkerRef
+    fingerprint: str
+    format: KvFormat
+    host: str
+    doors: tuple[Mapping[str, str], ...]
+
+
+class Purpose(enum.Enum):
+    """What the target does with a request whose KV it has been handed."""
+
+    DECODE = "decode"
+    """Goes on with it."""
+    CACHE = "cache"
+    """Keeps its full blocks in the prefix cache; the request itself has ended or goes on elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Source → target: keep room for this request. Sent when it is scheduled, before anything is computed."""
+    """Source → target: keep room for this request. From prefill it is sent when the request is scheduled, before
+    anything is computed. `avoid`: transports that failed between these two."""
 
     handover_id: int
     ticket: int
     attempt: int
     router: str
     request: Request
-    source: WorkerRef
     target: WorkerRef
-    fingerprint: str
+    purpose: Purpose = Purpose.DECODE
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Target → source: room is kept. The first `cached_blocks` blocks are here already, pinned, and need not come."""
+    """Target → source: room is kept, and the rest shall come by `transport`. The first `cached_blocks` blocks (of the
+    target's size) are here already, pinned, and need not come."""
 
     handover_id: int
     cached_blocks: int
+    transport: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +223,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Source → target: all KV has been sent; here is the first token. `deadline_s` is what remains now."""
+    """Source → target: all KV has been offered. `tokens` were drawn since the request was reserved for, and the target
+    tells the router of them: the first token from prefill; from another decode worker whatever it drew meanwhile,
+    perhaps nothing. `deadline_s` is what remains now."""
 
     handover_id: int
-    first: TokenOut
+    tokens: tuple[TokenOut, ...]
     deadline_s: float
 
 
@@ -238,9 +273,18 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Spoiled:
-    """Bytes for a reservation arrived damaged or break the protocol."""
+    """Bytes for a reservation arrived damaged, break the protocol, or can not be fetched."""
 
     key: HandoverKey
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TransportBroken:
+    """The bytes to this target stopped flowing by this transport."""
+
+    target: WorkerRef
+    transport: str
     message: str
 
 

@@ -25,6 +25,7 @@ from ..common.messages import (
     Cancel,
     Commit,
     Committed,
+    Endpoint,
     Filled,
     HandoverKey,
     Refused,
@@ -39,8 +40,10 @@ from ..engine.mailbox import FromRouter, FromSource, InboxItem, RouterGone, Sour
 from ..engine.plan import Sampled, Slice, StepPlan
 from ..engine.role import Context
 from ..engine.sequence import Sequence, SequenceKey
-from ..kvtransfer.inlet import Inlet
+from ..kvtransfer.choose import choose
+from ..kvtransfer.layout import routes
 from ..kvtransfer.session import TargetHandover
+from ..kvtransfer.transport import Inlet
 from .planner import ContinuousBatching
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,12 @@ class Incoming:
     source: WorkerRef
     sequence: Sequence
     state: TargetHandover
+
+    @property
+    def kv_tokens(self) -> int:
+        """Once the commit is here: tokens whose KV the source has. The last token's is not computed yet."""
+        assert self.state.pending is not None
+        return len(self.sequence.tokens) + len(self.state.pending.tokens) - 1
 
 
 class DecodeRole:
@@ -93,13 +102,13 @@ class DecodeRole:
                 if spoiled := self._incoming.get(key):
                     self._abort(spoiled, HandoverFailed(text))
 
-    def _from_source(self, source: WorkerRef, message: SourceMessage, now: float) -> None:
+    def _from_source(self, source: Endpoint, message: SourceMessage, now: float) -> None:
         if isinstance(message, Renew):
             for handover_id in message.handover_ids:
-                if incoming := self._incoming.get((source.name, source.epoch, handover_id)):
+                if incoming := self._incoming.get((source.ref.name, source.ref.epoch, handover_id)):
                     incoming.state.alive(now)
             return
-        key = (source.name, source.epoch, message.handover_id)
+        key = (source.ref.name, source.ref.epoch, message.handover_id)
         if isinstance(message, Reserve):
             if key not in self._incoming and key not in self._committed:
                 self._reserve(key, source, message, now)
@@ -107,9 +116,9 @@ class DecodeRole:
             if isinstance(message, Abort):
                 self._abort(incoming, HandoverFailed(message.message), tell=False, code=message.code)
             elif incoming.state.commit(message):
-                self._conclude(incoming, now)
+                self._inlet.expect(key, self._context.table.blocks_for(incoming.kv_tokens))
         elif isinstance(message, Commit):
-            self._late_commit(key, source, message)
+            self._late_commit(key, source.ref, message)
 
     def _late_commit(self, key: HandoverKey, source: WorkerRef, message: Commit) -> None:
         """A commit for what is not open here: done already, or given up."""
@@ -119,12 +128,13 @@ class DecodeRole:
             error = StaleAttempt("no such reservation is open (any more)")
             self._context.outbox.to_source(source, Abort(message.handover_id, error.code, error.message))
 
-    def _reserve(self, key: HandoverKey, source: WorkerRef, message: Reserve, now: float) -> None:
+    def _reserve(self, key: HandoverKey, source: Endpoint, message: Reserve, now: float) -> None:
         """Blocks for the prompt and some output, the cached prefix among them pinned; or no, at once."""
         request, table = message.request, self._context.table
         sequence = Sequence((message.router, message.ticket), request, message.attempt, now, now + request.deadline_s)
         try:
-            self._may_reserve(message, sequence)
+            self._may_reserve(source, message, sequence)
+            transport = choose(source, self._context.endpoint, self._context.handover.transport, message.avoid)
             room = min(
                 len(request.tokens) + self._context.handover.headroom_tokens, sequence.max_len,
                 self._context.limits.max_model_len, table.manager.num_blocks * table.block_size,
@@ -132,21 +142,21 @@ class DecodeRole:
             if not table.admit(sequence, len(request.tokens), room):
                 raise PoolFull(f"no room for {room} tokens; {table.manager.available} blocks are available")
         except BatonError as error:
-            self._context.outbox.to_source(source, Refused(message.handover_id, error.code, error.message))
+            self._context.outbox.to_source(source.ref, Refused(message.handover_id, error.code, error.message))
             return
         lease = self._context.handover.lease_s
-        self._incoming[key] = Incoming(key, source, sequence, TargetHandover(lease, now + lease))
+        self._incoming[key] = Incoming(key, source.ref, sequence, TargetHandover(lease, now + lease))
         cached = sequence.computed // table.block_size
-        wanted = sequence.blocks[cached : table.blocks_for(len(request.tokens))]
-        self._inlet.open(key, message.attempt, cached, wanted)
-        self._context.outbox.to_source(source, Reserved(message.handover_id, cached))
+        self._inlet.open(key, message.attempt, source.format, cached, sequence.blocks[cached:])
+        self._context.outbox.to_source(source.ref, Reserved(message.handover_id, cached, transport))
 
-    def _may_reserve(self, message: Reserve, sequence: Sequence) -> None:
+    def _may_reserve(self, source: Endpoint, message: Reserve, sequence: Sequence) -> None:
         context, request = self._context, message.request
         if message.target != context.ref:
             raise StaleEpoch(f"meant for another incarnation of {message.target.name}")
-        if message.fingerprint != context.fingerprint:
-            raise FingerprintMismatch("weights, KV layout or numeric choices differ")
+        if source.fingerprint != context.endpoint.fingerprint:
+            raise FingerprintMismatch("weights or numeric choices differ")
+        routes(source.format, context.endpoint.format)  # raises where they hold the KV of different models
         if message.router not in context.outbox.routers:
             raise HandoverFailed(f"router {message.router} has no stream to this worker")
         if sequence.key in self._decoding or any(i.sequence.key == sequence.key for i in self._incoming.values()):
@@ -173,11 +183,11 @@ class DecodeRole:
         self._committed[incoming.key] = None
         if len(self._committed) > REMEMBERED:
             del self._committed[next(iter(self._committed))]
-        self._context.table.advance(sequence, len(sequence.tokens) - sequence.computed)
+        self._context.table.advance(sequence, incoming.kv_tokens - sequence.computed)
         sequence.deadline = now + commit.deadline_s
-        sampled = Sampled(commit.first.token, commit.first.logprob)
-        sequence.tokens.append(sampled.token)
-        self._context.emit(sequence, sampled)
+        for token in commit.tokens:
+            sequence.tokens.append(token.token)
+            self._context.emit(sequence, Sampled(token.token, token.logprob))
         self._context.outbox.to_source(incoming.source, Committed(commit.handover_id))
         self.join(sequence)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ..common.errors import BatonError
 from ..common.messages import (
     CheckReport,
+    Endpoint,
     Failed,
     Filled,
     Finished,
@@ -28,6 +29,7 @@ from ..common.messages import (
     StepReport,
     TargetMessage,
     TokenOut,
+    TransportBroken,
 )
 from ..common.types import FinishReason, TokenLogprob, WorkerRef
 from .sequence import SequenceKey
@@ -59,7 +61,7 @@ class RouterGone:
 class FromSource:
     """From the worker that hands over to us."""
 
-    source: WorkerRef
+    source: Endpoint
     message: SourceMessage
 
 
@@ -67,7 +69,7 @@ class FromSource:
 class FromTarget:
     """From the worker that we hand over to."""
 
-    target: WorkerRef
+    target: Endpoint
     message: TargetMessage
 
 
@@ -98,6 +100,7 @@ InboxItem = (
     | TargetGone
     | Filled
     | Spoiled
+    | TransportBroken
     | Inspect
 )
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ..common.config import HandoverConfig
 from ..common.errors import BatonError
+from ..common.messages import Endpoint
 from ..common.types import FinishReason, WorkerRef
 from .block_table import BlockTable
 from .mailbox import InboxItem, Outbox
@@ -53,13 +54,17 @@ class Stats:
 class Context:
     """What the roles of one worker share."""
 
-    ref: WorkerRef
-    fingerprint: str
+    endpoint: Endpoint
+    """This worker, as it tells the others of a handover."""
     table: BlockTable
     outbox: Outbox
     limits: Limits
     handover: HandoverConfig
     stats: Stats = field(default_factory=Stats)
+
+    @property
+    def ref(self) -> WorkerRef:
+        return self.endpoint.ref
 
     def accept(self, sequence: Sequence, token: Sampled) -> FinishReason | None:
         """Append a sampled token; say whether the request ends with it. The token that ends it is emitted too."""

@@ -1,8 +1,9 @@
 """The only door through which bytes from outside enter the pool.
 
 The loop opens a reservation here when it grants one, and closes it when the handover ends; a transport's receiving
-thread may write only through an open reservation, only blocks that it names, only once, only what the checksum
-confirms. `close` returns when no write is under way any more, so the blocks can be given to others at once.
+thread may write only through an open reservation, only blocks that it names, only once, and only what the checksum
+confirms counts as arrived. `close` returns when no write is under way any more, so the blocks can be given to others
+at once.
 """
 
 from __future__ import annotations
@@ -11,56 +12,80 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..common.clock import Clock
 from ..common.errors import BatonError, HandoverFailed, StaleAttempt
+from ..common.kv_format import KvFormat
 from ..common.messages import Filled, HandoverKey, Spoiled
-from . import wire
-from .transport import BlockStore
+from .layout import Route, piece_bytes, routes
+from .transport import Store, Taker
+from .wire import FrameHeader
 
 
 @dataclass(slots=True)
 class _Reservation:
+    """`arrived` [source ranks that send to us, layers, blocks]; `missing` counts what is expected and not there."""
+
     attempt: int
     first: int
-    blocks: Sequence[int]
-    missing: int
+    blocks: tuple[int, ...]
+    routes: dict[int, tuple[int, Route]]
+    arrived: NDArray[np.bool_]
+    expected: int | None = None
+    missing: int = 0
     touched: float | None = None
-    arrived: set[tuple[int, int]] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     open: bool = True
 
 
-class Inlet:
-    """Receives into `store`. `post` is told when a reservation is complete (`Filled`) or damaged (`Spoiled`)."""
+class RankInlet:
+    """Implements `transport.Inlet` for one rank: receives into `store`. `post` is told when a reservation is complete
+    (`Filled`) or damaged (`Spoiled`)."""
 
-    def __init__(self, store: BlockStore, clock: Clock, post: Callable[[Filled | Spoiled], None]) -> None:
+    def __init__(self, store: Store, clock: Clock, post: Callable[[Filled | Spoiled], None]) -> None:
         self._store = store
         self._clock = clock
         self._post = post
         self._reservations: dict[HandoverKey, _Reservation] = {}
 
-    def open(self, key: HandoverKey, attempt: int, first: int, blocks: Sequence[int]) -> None:
-        """Let bytes in for the sequence's blocks number `first` and on, which live in `blocks`."""
-        missing = len(blocks) * self._store.num_layers
-        self._reservations[key] = _Reservation(attempt, first, blocks, missing)
-        if missing == 0:
+    # --- called by the loop ---
+
+    def open(self, key: HandoverKey, attempt: int, source: KvFormat, first: int, blocks: Sequence[int]) -> None:
+        mine = [r for r in routes(source, self._store.format) if r.target_rank == self._store.rank]
+        self._reservations[key] = _Reservation(
+            attempt, first, tuple(blocks), {r.source_rank: (i, r) for i, r in enumerate(mine)},
+            np.zeros((len(mine), self._store.format.num_layers, len(blocks)), dtype=np.bool_),
+        )  # fmt: skip
+
+    def expect(self, key: HandoverKey, last: int) -> None:
+        reservation = self._reservations[key]
+        with reservation.lock:
+            count = reservation.expected = max(0, last - reservation.first)
+            wanted = reservation.arrived[:, :, :count]
+            reservation.missing = wanted.size - int(np.count_nonzero(wanted))
+            short = count > len(reservation.blocks)
+        if short:
+            self._post(Spoiled(key, f"{count} blocks are announced, {len(reservation.blocks)} reserved"))
+        elif reservation.missing == 0:
             self._post(Filled(key))
 
     def close(self, key: HandoverKey) -> None:
-        """Let nothing more in. Waits for a write that is under way: at most one frame's copy."""
         reservation = self._reservations.pop(key, None)
         if reservation is not None:
             with reservation.lock:
                 reservation.open = False
 
     def touched(self, key: HandoverKey) -> float | None:
-        """When bytes last arrived; None if none have."""
         return self._reservations[key].touched
 
-    def receive(self, source: tuple[str, int], frame: bytes) -> wire.FrameHeader:
-        """Take one frame of a source (name, epoch). Raises `StaleAttempt` where there is no such reservation (any
-        more), `HandoverFailed` where the frame breaks the protocol or is damaged; then nothing is written."""
-        header, payload = wire.unpack(frame)
+    # --- called by receiving threads ---
+
+    def receive(self, source: tuple[str, int], rank: int, header: FrameHeader, taker: Taker) -> None:
+        """Take one frame of a source (name, epoch) and its rank. Raises `StaleAttempt` where there is no such
+        reservation (any more); `HandoverFailed` where the frame breaks the protocol, and then nothing is written, or
+        is damaged, and then nobody will read what was."""
         key = (*source, header.handover_id)
         reservation = self._reservations.get(key)
         if reservation is None or reservation.attempt != header.attempt:
@@ -69,32 +94,36 @@ class Inlet:
             if not reservation.open:
                 raise StaleAttempt(f"reservation {header.handover_id} has just been closed")
             try:
-                complete = self._write(reservation, header, payload)
+                complete = self._write(reservation, rank, header, taker)
             except BatonError as error:
                 self._post(Spoiled(key, error.message))
                 raise
         if complete:
             self._post(Filled(key))
-        return header
 
-    def _write(self, reservation: _Reservation, header: wire.FrameHeader, payload: memoryview) -> bool:
+    def _write(self, reservation: _Reservation, rank: int, header: FrameHeader, taker: Taker) -> bool:
         """Whether this frame was the last that was missing."""
-        start = header.first - reservation.first
-        if header.layer >= self._store.num_layers or header.count == 0:
-            raise HandoverFailed(f"layer {header.layer}, {header.count} blocks: no such thing")
-        if start < 0 or start + header.count > len(reservation.blocks):
+        start, end = header.first - reservation.first, header.first - reservation.first + header.count
+        if rank not in reservation.routes:
+            raise HandoverFailed(f"rank {rank} of the source has nothing to send here")
+        index, route = reservation.routes[rank]
+        if header.layer >= self._store.format.num_layers:
+            raise HandoverFailed(f"there is no layer {header.layer}")
+        if start < 0 or end > len(reservation.blocks):
             raise HandoverFailed(f"blocks {header.first} to {header.first + header.count} are not reserved")
-        if len(payload) != header.count * self._store.block_bytes:
-            raise HandoverFailed(f"{len(payload)} bytes for {header.count} blocks of {self._store.block_bytes}")
-        if wire.checksum(payload) != header.checksum:
-            raise HandoverFailed(f"checksum of layer {header.layer}, block {header.first} does not match")
-        numbers = {(header.layer, i) for i in range(start, start + header.count)}
-        if numbers <= reservation.arrived:
+        if header.size != header.count * piece_bytes(self._store.format, route):
+            raise HandoverFailed(f"{header.size} bytes for {header.count} pieces: not what this route carries")
+        arrived = reservation.arrived[index, header.layer, start:end]
+        if arrived.all():
             return False  # the same again
-        if numbers & reservation.arrived:
+        if arrived.any():
             raise HandoverFailed(f"layer {header.layer}, block {header.first}: overlaps what came before")
-        self._store.scatter(header.layer, reservation.blocks[start : start + header.count], payload)
-        reservation.arrived |= numbers
-        reservation.missing -= header.count
+        sums = taker.land(self._store, header, reservation.blocks[start:end], route)
+        if self._store.checked and not np.array_equal(sums, header.sums()):
+            raise HandoverFailed(f"checksum of layer {header.layer}, blocks from {header.first} on does not match")
+        arrived[:] = True
         reservation.touched = self._clock.now()
+        if reservation.expected is None or start >= reservation.expected:
+            return False
+        reservation.missing -= min(end, reservation.expected) - start
         return reservation.missing == 0

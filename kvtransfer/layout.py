@@ -9,7 +9,7 @@ With equal tensor parallelism a piece is a whole block. Intersecting the heads o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +94,21 @@ def cut(source_blocks: Sequence[int], source_size: int, target_size: int, first:
     begin, end = first * target_size, last * target_size
     blocks = tuple(source_blocks[begin // source_size : -(-end // source_size)])
     return Cut(blocks, begin % source_size, last - first)
+
+
+def split(part: Cut, source_size: int, target_size: int, most: int) -> Iterator[tuple[int, Cut]]:
+    """`part` in pieces of at most `most` target blocks, each with the number of its first one within `part`."""
+    if source_size == target_size:
+        for i in range(0, part.count, most):
+            blocks = part.blocks[i : i + most]
+            yield i, Cut(blocks, 0, len(blocks))
+        return
+    for i in range(0, part.count, most):
+        count = min(most, part.count - i)
+        begin = part.offset + i * target_size
+        end = begin + count * target_size
+        blocks = part.blocks[begin // source_size : -(-end // source_size)]
+        yield i, Cut(blocks, begin % source_size, count)
 
 
 def tokens_of(part: Cut, source_size: int, target_size: int) -> tuple[Offsets, Offsets]:

@@ -1,8 +1,19 @@
 """What a transport is. Prefill and decode know this file and no transport.
 
-The source *offers* ranges of blocks as they are computed; how the bytes get across is the transport's business: on
-message transports the source sends and the target's side of the transport receives into the `Inlet`; on shared memory
-the offer itself is the message and the target copies. Either way only the owner of the memory writes into it.
+    source's loop ── Outlet ── lane (thread) ── Giver ══ link ══▶ Taker ── Inlet ── target's loop
+
+The source *offers* ranges of blocks as they are computed. An outlet keeps one lane for each rank of each target; its
+thread cuts offers into frames and has a giver get them across. At the other end a taker obtains the bytes, the inlet
+lets them into reserved blocks and nowhere else, and each frame is answered by a credit.
+
+    name            frames go by     bytes
+    shm             socket           are copied by the target, out of the source's pool that it sees read-only
+    cuda-ipc        socket           likewise, within one GPU or over NVLink
+    process-group   socket           torch.distributed send and receive: NCCL or gloo
+    tcp             socket           follow their frame
+    grpc            gRPC stream      follow their frame
+
+Either way only the owner of memory writes into it.
 """
 
 from __future__ import annotations
@@ -11,54 +22,139 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..common.types import WorkerRef
+from ..common.kv_format import KvFormat
+from ..common.messages import Endpoint, HandoverKey
+from .layout import Cut, Route
+from .wire import Checksums, FrameHeader
+
+ORDER = ("cuda-ipc", "shm", "process-group", "tcp", "grpc")
+"""All transports, the best first."""
 
 
-class BlockStore(Protocol):
-    """The paged KV pool, as bytes. `engine.kv_pool.KvPool` is one; so is a list of bytearrays in a test."""
+class Store(Protocol):
+    """The KV pool of one rank, as a transport sees it. All methods may be called on any thread."""
 
     @property
-    def num_layers(self) -> int: ...
+    def format(self) -> KvFormat: ...
+
+    @property
+    def rank(self) -> int: ...
 
     @property
     def num_blocks(self) -> int: ...
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block of one layer, K and V."""
+    def checked(self) -> bool:
+        """Whether pieces are hashed; where they are not, all checksums are 0."""
         ...
 
-    def gather(self, layer: int, blocks: Sequence[int]) -> memoryview:
-        """A contiguous copy of these blocks of one layer, in order."""
+    def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
+        """Write the pieces that `part` covers, as `target` keeps them, one after the other to `out`."""
         ...
 
-    def scatter(self, layer: int, blocks: Sequence[int], data: bytes | memoryview) -> None:
-        """Write such a copy into these blocks. Raises `HandoverFailed` if its length is wrong."""
+    def unpack(self, layer: int, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
+        """Write such pieces into our own blocks, one piece each; what they hash to, taken on the way."""
+        ...
+
+    def checksums(self, layer: int, blocks: Sequence[int], route: Route) -> Checksums:
+        """What the pieces hash to that a peer fetches from these blocks."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Blocks of one layer whose content is final: numbers `first`, `first + 1` … of the sequence, in `blocks`."""
+    """Blocks whose content is final, or will be when the step that is planned has computed them: `cut` covers the
+    target's blocks from number `first` of the sequence on."""
 
     handover_id: int
-    attempt: int
-    layer: int
     first: int
-    blocks: tuple[int, ...]
+    cut: Cut
 
 
 class Outlet(Protocol):
-    """The source's side of a transport. Called by the engine loop; must not block it."""
+    """The source's side. Called by the engine loop; must not block it."""
 
-    def open(self, handover_id: int, target: WorkerRef) -> None:
-        """A handover to `target` has been granted."""
+    def open(self, handover_id: int, attempt: int, target: Endpoint, transport: str) -> None:
+        """A handover to `target` has been granted, and is to go by `transport`."""
         ...
 
-    def offer(self, offer: Offer) -> None: ...
+    def stage(self, offers: Sequence[Offer]) -> None:
+        """What the step that comes next will have computed, layer by layer."""
+        ...
+
+    def layer(self, layer: int) -> None:
+        """The running step has computed this layer: its part of what was staged may leave."""
+        ...
+
+    def offer(self, offer: Offer) -> None:
+        """All layers of these blocks are final."""
+        ...
 
     def close(self, handover_id: int) -> None:
-        """The handover is over, well or not. When this returns, the source's blocks are not read any more."""
+        """The handover is over, well or not. From here on a read of the source's blocks, should one be under way, can
+        only be found void. No error if it is not known."""
         ...
 
-    def bytes_sent(self, handover_id: int) -> int: ...
+    def progress(self, handover_id: int) -> int:
+        """Bytes that got across so far."""
+        ...
+
+
+class Inlet(Protocol):
+    """The target's side. Called by the engine loop, which is told by `Filled` and `Spoiled` how it goes."""
+
+    def open(self, key: HandoverKey, attempt: int, source: KvFormat, first: int, blocks: Sequence[int]) -> None:
+        """Let bytes in for the sequence's blocks number `first` and on, which live in `blocks`."""
+        ...
+
+    def expect(self, key: HandoverKey, last: int) -> None:
+        """The source is through: the handover is complete with the sequence's blocks up to number `last`, exclusive."""
+        ...
+
+    def close(self, key: HandoverKey) -> None:
+        """Let nothing more in: when the blocks are next used, no write is under way. No error if it is not known."""
+        ...
+
+    def touched(self, key: HandoverKey) -> float | None:
+        """When bytes last arrived; None if none have."""
+        ...
+
+
+class Giver(Protocol):
+    """One lane's way of getting bytes across; used by the lane's thread only."""
+
+    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
+        """Read the blocks, or make them readable. Called while the handover is surely open; must not wait."""
+        ...
+
+    def give(self, header: FrameHeader) -> None:
+        """Send what was prepared. Raises `TransportFailed` or `WorkerLost` where it does not get across in time."""
+        ...
+
+    def withdraw(self, handover_id: int) -> None:
+        """The handover is closed; called on the engine loop's thread, before its blocks are used for anything else."""
+        ...
+
+    def credits(self) -> int:
+        """Wait for answers: how many frames have been taken in since the last call. Called on a thread of its own.
+        Raises `WorkerLost` where the other end is gone."""
+        ...
+
+    def close(self) -> None:
+        """Wake whoever waits here. Idempotent."""
+        ...
+
+
+class Taker(Protocol):
+    """The receiving end of one lane; used by one thread only."""
+
+    def fetch(self, header: FrameHeader) -> None:
+        """Have the bytes at hand. Before the reservation is looked at: may wait for the source, but not for ever."""
+        ...
+
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
+        """Write the pieces into these reserved blocks; what they hash to. Must not wait. Raises `HandoverFailed` where
+        the source's blocks may have changed meanwhile."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,56 +1,65 @@
-"""One data frame: a run of one layer's blocks, as a msgpack header and raw bytes.
+"""The header of one frame: which pieces come, and what they must hash to. msgpack; the bytes themselves follow it, or
+are fetched, as the transport has it.
 
-    u32 length of header │ header │ payload
-
-The payload is `count` blocks of `layer`, in the pool's own layout, beginning with the sequence's block number
-`first` (a logical number: where the bytes land is the target's business alone). The checksum is XXH3 over it.
+A frame is a run of one layer's pieces (`layout.py`) that begins with the sequence's block `first`, counted in blocks of
+the target. Where they land is the target's business alone.
 """
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import msgpack
-import xxhash
+import numpy as np
+from numpy.typing import NDArray
 
 from ..common.errors import HandoverFailed
 
-_LENGTH = struct.Struct("<I")
-_MAX_HEADER = 256
+MAX_HEADER = 256 << 10
+"""Bytes of a header at most: some 10,000 pieces."""
+
+Checksums = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
+    """checksums   XXH3-64 of each of the `count` pieces, 8 bytes each, little-endian; 0 where checking is off
+    size        bytes of all pieces together
+    blocks      on transports that fetch: the source's blocks, one for each piece
+    slot        on transports that fetch: where the source says for how long those blocks stay as they are
+    """
+
     handover_id: int
     attempt: int
     layer: int
     first: int
     count: int
-    checksum: int
+    size: int
+    checksums: bytes
+    blocks: tuple[int, ...] = ()
+    slot: int = 0
+
+    def sums(self) -> Checksums:
+        """The checksums as numbers [count]."""
+        return np.frombuffer(self.checksums, dtype="<u8")
 
 
-def checksum(payload: bytes | memoryview) -> int:
-    """XXH3, 64 bits."""
-    return xxhash.xxh3_64_intdigest(payload)
+def pack(header: FrameHeader) -> bytes:
+    packed: bytes = msgpack.packb(astuple(header))
+    return packed
 
 
-def pack(header: FrameHeader, payload: bytes | memoryview) -> bytes:
-    head = msgpack.packb(
-        (header.handover_id, header.attempt, header.layer, header.first, header.count, header.checksum)
-    )
-    return b"".join((_LENGTH.pack(len(head)), head, payload))
-
-
-def unpack(frame: bytes) -> tuple[FrameHeader, memoryview]:
-    """Header, and payload without a copy. Raises `HandoverFailed` on anything that is not a frame."""
+def unpack(data: bytes | memoryview) -> FrameHeader:
+    """Raises `HandoverFailed` on anything that is not a header."""
     try:
-        (length,) = _LENGTH.unpack_from(frame)
-        if length > _MAX_HEADER:
-            raise ValueError("header too long")
-        fields = msgpack.unpackb(frame[_LENGTH.size : _LENGTH.size + length], use_list=False)
-        if len(fields) != 6 or not all(type(f) is int and f >= 0 for f in fields):
-            raise ValueError("header is not six counts")
-        return FrameHeader(*fields), memoryview(frame)[_LENGTH.size + length :]
-    except (struct.error, ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
-        raise HandoverFailed(f"not a data frame: {error}") from error
+        fields = msgpack.unpackb(data, use_list=False)
+        handover_id, attempt, layer, first, count, size, checksums, blocks, slot = fields
+        counts = (handover_id, attempt, layer, first, count, size, slot, *blocks)
+        if not all(type(n) is int and n >= 0 for n in counts) or type(checksums) is not bytes:
+            raise ValueError("a field is not what it should be")
+        header = FrameHeader(handover_id, attempt, layer, first, count, size, checksums, blocks, slot)
+        if header.count == 0 or len(checksums) != 8 * header.count or len(blocks) not in (0, header.count):
+            raise ValueError(f"{header.count} pieces, {len(checksums)} bytes of checksums, {len(blocks)} blocks")
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise HandoverFailed(f"not the header of a frame: {error}") from error
+    return header

@@ -12,7 +12,6 @@ import logging
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from ..common.errors import (
     BatonError,
@@ -20,16 +19,30 @@ from ..common.errors import (
     HandoverFailed,
     InvalidRequest,
     PoolFull,
+    TransportFailed,
     from_code,
 )
-from ..common.messages import Abort, Cancel, Commit, Committed, Refused, Reserve, Reserved, Submit, TokenOut
+from ..common.messages import (
+    Abort,
+    Cancel,
+    Committed,
+    Endpoint,
+    Refused,
+    Reserve,
+    Reserved,
+    Submit,
+    TargetMessage,
+    TokenOut,
+    TransportBroken,
+)
 from ..common.types import WorkerRef
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
 from ..engine.plan import Sampled, Slice, StepPlan
 from ..engine.role import Context, LocalBatch
 from ..engine.sequence import Sequence, SequenceKey
-from ..kvtransfer.session import SourceHandover, State
-from ..kvtransfer.transport import Offer, Outlet
+from ..kvtransfer.sender import Outgoing, Sender
+from ..kvtransfer.session import State
+from ..kvtransfer.transport import Outlet
 from .planner import ChunkedPrefill, turn
 
 LOOKAHEAD_STEPS = 2
@@ -40,38 +53,19 @@ answer is here when the turn comes, late enough that its memory is not held for 
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False, slots=True)
-class Outgoing:
-    """One handover, seen from its source."""
-
-    id: int
-    sequence: Sequence
-    target: WorkerRef
-    state: SourceHandover
-    opened: float
-    computed: float = 0.0
-    """When the first token was sampled: what the handover takes from here on delays the client."""
-    sent: int = 0
-    """Bytes that had left when last looked at."""
-    offered: list[int] = field(default_factory=list)
-    """For each layer: blocks offered so far (a logical block number)."""
-
-
 class PrefillRole:
     """`local` takes the sequences that this worker decodes itself; None: it decodes none."""
 
-    def __init__(self, context: Context, outlet: Outlet, num_layers: int, local: LocalBatch | None = None) -> None:
+    def __init__(self, context: Context, outlet: Outlet, local: LocalBatch | None = None) -> None:
         self._context = context
         self._outlet = outlet
-        self._num_layers = num_layers
         self._local = local
         self._planner = ChunkedPrefill(context.table, self._begin, local)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._opening: list[tuple[Sequence, WorkerRef]] = []
-        self._outgoing: dict[int, Outgoing] = {}
-        self._by_key: dict[SequenceKey, Outgoing] = {}
-        self._step: list[tuple[Slice, Outgoing]] = []  # slices of the running step whose KV is to leave
-        self._next_id = 0
+        self._sender: Sender[Sequence] = Sender(
+            outlet, context.handover, context.table.block_size, context.outbox.to_target
+        )
 
     # --- messages ---
 
@@ -86,13 +80,16 @@ class PrefillRole:
                 for sequence in [s for s in self._sequences.values() if s.key[0] == router]:
                     self._end(sequence, "router_lost", "the router is gone")
             case FromTarget(target, message):
-                outgoing = self._outgoing.get(message.handover_id)
-                if outgoing is not None and outgoing.target == target:
-                    self._answer(outgoing, message, now)
+                if outgoing := self._sender.answered(target, message.handover_id):
+                    self._answer(outgoing, target, message, now)
             case TargetGone(target):
-                for outgoing in [o for o in self._outgoing.values() if o.target == target]:
+                self._sender.forgive(target)
+                for outgoing in self._sender.to(target):
                     # Whether it died is for the router to say, which has a line to it of its own.
-                    self._fail(outgoing.sequence, HandoverFailed(f"the line to {target.name} broke"))
+                    self._fail(outgoing.subject, HandoverFailed(f"the line to {target.name} broke"))
+            case TransportBroken():
+                for outgoing in self._sender.broken(item):
+                    self._fail(outgoing.subject, TransportFailed(f"{item.transport} to {item.target.name} broke"))
 
     def _submit(self, router: str, submit: Submit, now: float) -> None:
         request, limits = submit.request, self._context.limits
@@ -115,30 +112,36 @@ class PrefillRole:
         else:
             insort(self._opening, (sequence, submit.decode), key=lambda entry: turn(entry[0]))
 
-    def _answer(self, outgoing: Outgoing, message: Reserved | Refused | Committed | Abort, now: float) -> None:
+    def _answer(
+        self, outgoing: Outgoing[Sequence], target: Endpoint, message: TargetMessage, now: float
+    ) -> None:
         match message:
             case Reserved(cached_blocks=cached):
-                if outgoing.state.reserved(cached):
-                    outgoing.offered = [cached] * self._num_layers
+                if self._sender.reserved(outgoing, target, message):
                     self._context.stats.handover_skipped_blocks += cached
-                    self._outlet.open(outgoing.id, outgoing.target)
-                    self._planner.add(outgoing.sequence)
+                    self._planner.add(outgoing.subject)
             case Committed():
                 if outgoing.state.committed():
-                    self._context.stats.handovers += 1
-                    self._context.stats.handover_bytes += self._outlet.bytes_sent(outgoing.id)
-                    self._context.stats.handover_seconds += now - outgoing.opened
-                    self._context.stats.handover_exposed_seconds += now - outgoing.computed
-                    self._context.outbox.handed_over(outgoing.sequence.key)
-                    log.info(
-                        "handed %d tokens over to %s, %d blocks of them were there; %.0f ms after the first token",
-                        *(len(outgoing.sequence.request.tokens), outgoing.target.name, outgoing.state.skip),
-                        (now - outgoing.computed) * 1e3,
-                        extra=outgoing.sequence.named,
-                    )
-                    self._forget(outgoing.sequence)
+                    self._handed_over(outgoing, now)
             case Refused(code=code, message=text) | Abort(code=code, message=text):
-                self._fail(outgoing.sequence, from_code(code, f"{outgoing.target.name}: {text}"), tell=False)
+                error = from_code(code, f"{outgoing.target.name}: {text}")
+                if isinstance(error, TransportFailed):
+                    self._sender.forgive(outgoing.target)  # all have failed: begin again with the best
+                self._fail(outgoing.subject, error, tell=False)
+
+    def _handed_over(self, outgoing: Outgoing[Sequence], now: float) -> None:
+        sequence, stats = outgoing.subject, self._context.stats
+        stats.handovers += 1
+        stats.handover_seconds += now - outgoing.opened
+        stats.handover_exposed_seconds += now - outgoing.computed
+        self._context.outbox.handed_over(sequence.key)
+        log.info(
+            "handed %d tokens over to %s by %s, %d blocks of them were there; %.0f ms after the first token",
+            *(len(sequence.request.tokens), outgoing.target.name, outgoing.transport, outgoing.state.skip),
+            (now - outgoing.computed) * 1e3,
+            extra=sequence.named,
+        )
+        self._forget(sequence)
 
     # --- rounds ---
 
@@ -146,18 +149,12 @@ class PrefillRole:
         """Deadlines, answers that are overdue, and handovers that are due to be opened."""
         for sequence in [s for s in self._sequences.values() if now >= s.deadline]:
             self._fail(sequence, DeadlineExceeded("the deadline passed before the first token"))
-        for outgoing in self._outgoing.values():
-            if outgoing.state.state is State.COMMITTING and outgoing.sent != (
-                sent := self._outlet.bytes_sent(outgoing.id)
-            ):
-                outgoing.sent = sent
-                outgoing.state.moving(now)
-        for outgoing in [o for o in self._outgoing.values() if o.state.overdue(now)]:
-            self._fail(outgoing.sequence, HandoverFailed(f"no answer from {outgoing.target.name} in time"))
+        for outgoing in self._sender.overdue(now):
+            self._fail(outgoing.subject, HandoverFailed(f"no answer from {outgoing.target.name} in time"))
         ahead = self._planner.queued_tokens + sum(
-            o.sequence.missing for o in self._outgoing.values() if o.state.state is State.RESERVING
+            o.subject.missing for o in self._sender.all() if o.state.state is State.RESERVING
         )
-        open_to = Counter(o.target for o in self._outgoing.values())
+        open_to = Counter(o.target for o in self._sender.all())
         for entry in list(self._opening):
             if ahead >= LOOKAHEAD_STEPS * self._context.limits.max_batch_tokens:
                 break
@@ -169,22 +166,24 @@ class PrefillRole:
                 self._reserve(sequence, target, now)
 
     def _reserve(self, sequence: Sequence, target: WorkerRef, now: float) -> None:
-        self._next_id += 1
-        patience = self._context.handover.lease_s
-        state = SourceHandover(patience, now + patience)
-        outgoing = Outgoing(self._next_id, sequence, target, state, now)
-        self._outgoing[outgoing.id] = self._by_key[sequence.key] = outgoing
         router, ticket = sequence.key
-        message = Reserve(
-            outgoing.id, ticket, sequence.attempt, router, sequence.request, self._context.ref, target,
-            self._context.fingerprint,
-        )  # fmt: skip
-        self._context.outbox.to_target(target, message)
+
+        def question(handover_id: int, avoid: tuple[str, ...]) -> Reserve:
+            return Reserve(handover_id, ticket, sequence.attempt, router, sequence.request, target, avoid=avoid)
+
+        self._sender.reserve(sequence, target, now, question)
 
     def plan(self, plan: StepPlan, now: float) -> None:
+        """What a step computes is staged with it: whole blocks as soon as they are full, the last, partial one with the
+        last chunk."""
         first = len(plan.slices)
         self._planner.plan(plan)
-        self._step = [(part, o) for part in plan.slices[first:] if (o := self._by_key.get(part.sequence.key))]
+        offers = [
+            self._sender.ready(outgoing, part.end, part.samples)
+            for part in plan.slices[first:]
+            if (outgoing := self._sender.of(part.sequence))
+        ]
+        self._outlet.stage([offer for offer in offers if offer is not None])
 
     def _begin(self, sequence: Sequence) -> None:
         self._context.outbox.started(sequence.key, sequence.cached)
@@ -192,23 +191,15 @@ class PrefillRole:
         self._context.stats.cached_tokens += sequence.cached
 
     def on_layer(self, layer: int) -> None:
-        """This layer's KV of the running step is in the pool: offer what is final, while later layers compute. The
-        last, partial block goes with the last chunk; all others as soon as they are full."""
-        size = self._context.table.block_size
-        for part, outgoing in self._step:
-            ready = self._context.table.blocks_for(part.end) if part.samples else part.end // size
-            first = outgoing.offered[layer]
-            if ready > first:
-                blocks = tuple(part.sequence.blocks[first:ready])
-                self._outlet.offer(Offer(outgoing.id, part.sequence.attempt, layer, first, blocks))
-                outgoing.offered[layer] = ready
+        """This layer's KV of the running step is in the pool: it leaves while later layers compute."""
+        self._outlet.layer(layer)
 
     def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None:
         sequence = part.sequence
         if sampled is None:
             return
         self._planner.remove(sequence)
-        outgoing = self._by_key.get(sequence.key)
+        outgoing = self._sender.of(sequence)
         reason = self._context.accept(sequence, sampled)
         if reason is not None or outgoing is None:
             self._context.emit(sequence, sampled)
@@ -216,10 +207,8 @@ class PrefillRole:
             self._context.outbox.finished(sequence.key, reason)
             self._end(sequence, "finished", "the request ended with its first token")
         elif outgoing is not None:
-            outgoing.state.commit(now)
-            outgoing.computed = now
             first = TokenOut(sequence.key[1], len(sequence.tokens) - 1, sampled.token, sampled.logprob)
-            self._context.outbox.to_target(outgoing.target, Commit(outgoing.id, first, sequence.deadline - now))
+            self._sender.commit(outgoing, (first,), sequence.deadline - now, now)
         else:
             del self._sequences[sequence.key]
             assert self._local is not None
@@ -239,19 +228,14 @@ class PrefillRole:
 
     def _end(self, sequence: Sequence, code: str, message: str, tell: bool = True) -> None:
         """Stop whatever is under way for a sequence, and free its blocks."""
-        outgoing = self._by_key.get(sequence.key)
-        if outgoing is not None and outgoing.state.abort():
-            if code != "finished":
-                self._context.stats.aborted(code)
-            if tell:
-                self._context.outbox.to_target(outgoing.target, Abort(outgoing.id, code, message))
+        outgoing = self._sender.of(sequence)
+        if outgoing is not None and self._sender.abort(outgoing, code, message, tell) and code != "finished":
+            self._context.stats.aborted(code)
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        outgoing = self._by_key.pop(sequence.key, None)
-        if outgoing is not None:
-            self._outlet.close(outgoing.id)  # from here on nobody reads the blocks
-            del self._outgoing[outgoing.id]
+        if outgoing := self._sender.of(sequence):
+            self._context.stats.handover_bytes += self._sender.end(outgoing)  # from here on nobody reads the blocks
         self._opening = [entry for entry in self._opening if entry[0] is not sequence]
         self._planner.remove(sequence)
         self._sequences.pop(sequence.key, None)
@@ -276,7 +260,7 @@ class PrefillRole:
 
     @property
     def handovers(self) -> int:
-        return len(self._outgoing)
+        return len(self._sender)
 
     @property
     def reserved_blocks(self) -> int:

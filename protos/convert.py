@@ -18,12 +18,14 @@ from ..common.messages import (
     CheckReport,
     Commit,
     Committed,
+    Endpoint,
     Failed,
     Finished,
     HandedOver,
     Hello,
     Members,
     Ping,
+    Purpose,
     Refused,
     Renew,
     Reserve,
@@ -38,7 +40,7 @@ from ..common.messages import (
     TokenOut,
     WorkerStatus,
 )
-from ..common.types import FinishReason, WorkerInfo, WorkerRef
+from ..common.types import FinishReason, WorkerInfo
 from .schema import pb
 from .values import (
     ABORT,
@@ -49,6 +51,8 @@ from .values import (
     REFUSED,
     RESERVED,
     STATUS,
+    endpoint_from_wire,
+    endpoint_to_wire,
     info_from_wire,
     info_to_wire,
     kv_from_wire,
@@ -58,14 +62,16 @@ from .values import (
     request_from_wire,
     request_to_wire,
     required,
+    token_from_wire,
+    token_to_wire,
 )
 
 T = TypeVar("T")
 
 FromRouter = Hello | RouterMessage
 FromWorker = WorkerInfo | StepReport
-FromSource = WorkerRef | SourceMessage
-FromTarget = WorkerRef | TargetMessage
+FromSource = Endpoint | SourceMessage
+FromTarget = Endpoint | TargetMessage
 
 # --- step reports: the hot path -------------------------------------------------------------------------------------
 
@@ -179,9 +185,9 @@ def _reserve_to_wire(value: Reserve) -> Any:
         attempt=value.attempt,
         router=value.router,
         request=request_to_wire(value.request),
-        source=REF.to_wire(value.source),
         target=REF.to_wire(value.target),
-        fingerprint=value.fingerprint,
+        purpose=value.purpose.value,
+        avoid=value.avoid,
     )
 
 
@@ -192,28 +198,20 @@ def _reserve_from_wire(message: Any) -> Reserve:
         attempt=message.attempt,
         router=message.router,
         request=request_from_wire(required(message, "request")),
-        source=REF.from_wire(required(message, "source")),
         target=REF.from_wire(required(message, "target")),
-        fingerprint=message.fingerprint,
+        purpose=Purpose(message.purpose),
+        avoid=tuple(message.avoid),
     )
 
 
 def _commit_to_wire(value: Commit) -> Any:
-    first = value.first
     return pb.Commit(
-        handover_id=value.handover_id,
-        ticket=first.ticket,
-        position=first.position,
-        token=first.token,
-        logprob=None if first.logprob is None else logprob_to_wire(first.logprob),
-        deadline_s=value.deadline_s,
+        handover_id=value.handover_id, tokens=map(token_to_wire, value.tokens), deadline_s=value.deadline_s
     )
 
 
 def _commit_from_wire(message: Any) -> Commit:
-    logprob = logprob_from_wire(message.logprob) if message.HasField("logprob") else None
-    first = TokenOut(message.ticket, message.position, message.token, logprob)
-    return Commit(message.handover_id, first, message.deadline_s)
+    return Commit(message.handover_id, tuple(map(token_from_wire, message.tokens)), message.deadline_s)
 
 
 def _from_source_to_wire(value: FromSource) -> Any:
@@ -226,8 +224,8 @@ def _from_source_to_wire(value: FromSource) -> Any:
             return pb.FromSource(commit=_commit_to_wire(value))
         case Abort():
             return pb.FromSource(abort=ABORT.to_wire(value))
-        case WorkerRef():
-            return pb.FromSource(hello=REF.to_wire(value))
+        case Endpoint():
+            return pb.FromSource(hello=endpoint_to_wire(value))
 
 
 def _from_source_from_wire(message: Any) -> FromSource:
@@ -241,7 +239,7 @@ def _from_source_from_wire(message: Any) -> FromSource:
         case "abort":
             return ABORT.from_wire(message.abort)
         case "hello":
-            return REF.from_wire(message.hello)
+            return endpoint_from_wire(message.hello)
         case _:
             raise InvalidRequest("an empty or unknown message from a source")
 
@@ -256,8 +254,8 @@ def _from_target_to_wire(value: FromTarget) -> Any:
             return pb.FromTarget(committed=value.handover_id)
         case Abort():
             return pb.FromTarget(abort=ABORT.to_wire(value))
-        case WorkerRef():
-            return pb.FromTarget(hello=REF.to_wire(value))
+        case Endpoint():
+            return pb.FromTarget(hello=endpoint_to_wire(value))
 
 
 def _from_target_from_wire(message: Any) -> FromTarget:
@@ -271,7 +269,7 @@ def _from_target_from_wire(message: Any) -> FromTarget:
         case "abort":
             return ABORT.from_wire(message.abort)
         case "hello":
-            return REF.from_wire(message.hello)
+            return endpoint_from_wire(message.hello)
         case _:
             raise InvalidRequest("an empty or unknown message from a target")
 

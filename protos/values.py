@@ -9,7 +9,19 @@ from typing import Any, Generic, TypeVar
 
 from ..common.errors import InvalidRequest
 from ..common.hashing import HASH_BYTES, BlockHash
-from ..common.messages import Abort, CheckReport, Hello, KvEvents, Load, Refused, Reserved, WorkerStatus
+from ..common.kv_format import KvFormat
+from ..common.messages import (
+    Abort,
+    CheckReport,
+    Endpoint,
+    Hello,
+    KvEvents,
+    Load,
+    Refused,
+    Reserved,
+    TokenOut,
+    WorkerStatus,
+)
 from ..common.types import Request, Role, SamplingParams, TokenLogprob, WorkerInfo, WorkerRef
 from .schema import pb
 
@@ -51,6 +63,7 @@ def _hashes(data: bytes) -> tuple[BlockHash, ...]:
 # --- the parts of messages ------------------------------------------------------------------------------------------
 
 REF = Flat(WorkerRef, pb.WorkerRef, "name address epoch")
+_FORMAT = Flat(KvFormat, pb.KvFormat, "num_layers num_kv_heads head_dim block_size dtype tp")
 HELLO = Flat(Hello, pb.Hello, "router router_epoch worker_epoch")
 _PARAMS = Flat(
     SamplingParams,
@@ -72,7 +85,7 @@ LOAD = Flat(
 )
 ABORT = Flat(Abort, pb.Ended, "handover_id code message")
 REFUSED = Flat(Refused, pb.Ended, "handover_id code message")
-RESERVED = Flat(Reserved, pb.Reserved, "handover_id cached_blocks")
+RESERVED = Flat(Reserved, pb.Reserved, "handover_id cached_blocks transport")
 STATUS = Flat(WorkerStatus, pb.WorkerStatus, "name role state address epoch progress detail pid")
 CHECK = Flat(
     CheckReport,
@@ -138,6 +151,39 @@ def logprob_to_wire(value: TokenLogprob) -> Any:
 
 def logprob_from_wire(message: Any) -> TokenLogprob:
     return TokenLogprob(message.logprob, _pairs(message.top_tokens, message.top_logprobs, "top_logprobs"))
+
+
+def token_to_wire(value: TokenOut) -> Any:
+    logprob = None if value.logprob is None else logprob_to_wire(value.logprob)
+    return pb.Token(ticket=value.ticket, position=value.position, token=value.token, logprob=logprob)
+
+
+def token_from_wire(message: Any) -> TokenOut:
+    logprob = logprob_from_wire(message.logprob) if message.HasField("logprob") else None
+    return TokenOut(message.ticket, message.position, message.token, logprob)
+
+
+def endpoint_to_wire(value: Endpoint) -> Any:
+    return pb.Endpoint(
+        ref=REF.to_wire(value.ref),
+        fingerprint=value.fingerprint,
+        format=_FORMAT.to_wire(value.format),
+        host=value.host,
+        doors=[pb.Door(addresses=dict(door)) for door in value.doors],
+    )
+
+
+def endpoint_from_wire(message: Any) -> Endpoint:
+    format = _FORMAT.from_wire(required(message, "format"))
+    if len(message.doors) != format.tp:
+        raise InvalidRequest(f"{len(message.doors)} doors for {format.tp} ranks", param="doors")
+    return Endpoint(
+        ref=REF.from_wire(required(message, "ref")),
+        fingerprint=message.fingerprint,
+        format=format,
+        host=message.host,
+        doors=tuple(dict(door.addresses) for door in message.doors),
+    )
 
 
 def info_to_wire(info: WorkerInfo) -> Any:

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from baton.common.config import EngineConfig, HandoverConfig, WorkerConfig
-from baton.common.errors import HandoverFailed
-from baton.common.types import Request, Role, SamplingParams
+from baton.common.kv_format import KvFormat
+from baton.common.messages import Endpoint
+from baton.common.types import Request, Role, SamplingParams, WorkerRef
 from baton.engine.plan import OnLayer, Sampled, Slice, StepPlan
+from baton.kvtransfer.host_store import Bytes, HostStore
+from baton.kvtransfer.shm import SharedMemory
 
 LAYERS = 3
 BLOCK_SIZE = 4
@@ -43,22 +46,29 @@ def oracle(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+FORMAT = KvFormat(num_layers=LAYERS, num_kv_heads=1, head_dim=ENTRY // 2, block_size=BLOCK_SIZE, dtype="int8")
+"""As transports see it: K is the first half of an entry, V the second. (The toy's scales are never written.)"""
+
+
 class ToyPool:
-    """A `BlockStore` of bytes."""
+    """Blocks of bytes in shared memory: `bytes` [layers, blocks, 2, block_size, half an entry]."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_layers = LAYERS
-        self.num_blocks = num_blocks
-        self.block_bytes = BLOCK_SIZE * ENTRY
-        self.bytes = np.zeros((LAYERS, num_blocks, self.block_bytes), dtype=np.uint8)
+        self.shared = SharedMemory(LAYERS * num_blocks * FORMAT.block_bytes)
+        rows = self.shared.memory.reshape(LAYERS, num_blocks, 2, FORMAT.row_bytes)
+        self.bytes = rows[..., : BLOCK_SIZE * ENTRY // 2].reshape(LAYERS, num_blocks, 2, BLOCK_SIZE, ENTRY // 2)
+        self.store = HostStore(self.shared.memory, FORMAT, 0, num_blocks, _never)
 
-    def gather(self, layer: int, blocks: Sequence[int]) -> memoryview:
-        return self.bytes[layer, list(blocks)].reshape(-1).data
+    def write(self, layer: int, block: int, offset: int, entry: bytes) -> None:
+        self.bytes[layer, block, :, offset] = np.frombuffer(entry, np.uint8).reshape(2, -1)
 
-    def scatter(self, layer: int, blocks: Sequence[int], data: bytes | memoryview) -> None:
-        if len(data) != len(blocks) * self.block_bytes:
-            raise HandoverFailed("wrong length")
-        self.bytes[layer, list(blocks)] = np.frombuffer(data, np.uint8).reshape(len(blocks), -1)
+    def read(self, layer: int, blocks: Sequence[int]) -> bytes:
+        """Entries of these blocks, one after the other."""
+        return self.bytes[layer, list(blocks)].transpose(0, 2, 1, 3).tobytes()
+
+
+def _never(*_: object) -> Bytes:
+    raise AssertionError("all toys keep one type")
 
 
 @dataclass
@@ -84,14 +94,13 @@ class ToyRunner:
         for position in range(part.start, part.end):
             block, offset = divmod(position, BLOCK_SIZE)
             entry = _entry(part.sequence.tokens[position], position, layer)
-            row = self.pool.bytes[layer, part.sequence.blocks[block]]
-            row[offset * ENTRY : (offset + 1) * ENTRY] = np.frombuffer(entry, np.uint8)
+            self.pool.write(layer, part.sequence.blocks[block], offset, entry)
 
     def _sample(self, part: Slice) -> int:
         kv = b""
         blocks = part.sequence.blocks[: -(-part.end // BLOCK_SIZE)]
         for layer in range(LAYERS):
-            kv += bytes(self.pool.gather(layer, blocks))[: part.end * ENTRY]
+            kv += self.pool.read(layer, blocks)[: part.end * ENTRY]
         return _next(kv)
 
 
@@ -107,7 +116,13 @@ class ToyEngine:
 
     def __post_init__(self) -> None:
         self.pool = ToyPool(self.num_blocks)
+        self.store, self.shared = self.pool.store, self.pool.shared
         self.runner = ToyRunner(self.pool)
+
+
+def endpoint(name: str, address: str = "127.0.0.1:9", epoch: int = 1) -> Endpoint:
+    """A peer on another machine that keeps the toy's KV."""
+    return Endpoint(WorkerRef(name, address, epoch), "toy", FORMAT, "elsewhere", ({"tcp": address},))
 
 
 def worker_config(name: str, role: Role, **handover: object) -> WorkerConfig:

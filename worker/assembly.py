@@ -13,19 +13,18 @@ from ..common.clock import Clock
 from ..common.config import WorkerConfig
 from ..common.errors import DeadlineExceeded
 from ..common.hashing import BlockHasher, cluster_key
-from ..common.messages import CheckReport, Load
+from ..common.messages import CheckReport, Endpoint, Load
 from ..common.types import Role, WorkerInfo, WorkerRef
 from ..decode.role import DecodeRole
 from ..engine import role as engine_role
 from ..engine.block_table import BlockTable
 from ..engine.loop import EngineLoop
-from ..engine.mailbox import Inbox, Inspect, Mail, Outbox, TargetGone
+from ..engine.mailbox import Inbox, Inspect, Mail, Outbox
 from ..engine.plan import Runner
 from ..engine.role import Context, Limits
-from ..kvtransfer import grpc_transport
-from ..kvtransfer.grpc_transport import GrpcOutlet
-from ..kvtransfer.inlet import Inlet
-from ..kvtransfer.transport import BlockStore
+from ..kvtransfer.plane import Plane, this_host
+from ..kvtransfer.shm import SharedMemory
+from ..kvtransfer.transport import Inlet, Outlet, Store
 from ..prefill.role import PrefillRole
 from ..protos import rpc
 from ..protos.convert import FromRouter, FromSource, FromTarget, FromWorker
@@ -41,7 +40,12 @@ class Computes(Protocol):
     @property
     def runner(self) -> Runner: ...
     @property
-    def pool(self) -> BlockStore: ...
+    def store(self) -> Store: ...
+    @property
+    def shared(self) -> SharedMemory | None:
+        """The pool's memory, where other processes of this machine may see it."""
+        ...
+
     @property
     def eos_ids(self) -> frozenset[int]: ...
     @property
@@ -54,14 +58,14 @@ class Computes(Protocol):
     def num_blocks(self) -> int: ...
 
 
-def make_roles(role: Role, context: Context, inlet: Inlet, outlet: Any, num_layers: int) -> list[engine_role.Role]:
+def make_roles(role: Role, context: Context, inlet: Inlet, outlet: Outlet) -> list[engine_role.Role]:
     """The policies of a role. Decode comes first: it takes its share of the step's budget before prefill does."""
     if role is Role.DECODE:
         return [DecodeRole(context, inlet)]
     if role is Role.PREFILL:
-        return [PrefillRole(context, outlet, num_layers)]
+        return [PrefillRole(context, outlet)]
     decode = DecodeRole(context, inlet)
-    return [decode, PrefillRole(context, outlet, num_layers, decode)]
+    return [decode, PrefillRole(context, outlet, decode)]
 
 
 class Worker:
@@ -76,7 +80,9 @@ class Worker:
         self._events = asyncio.get_running_loop()
         self.inbox = Inbox()
         self._server = rpc.make_server(
-            config.cluster_token, rpc.worker_handlers(self), rpc.data_handlers(self._receive)
+            config.cluster_token,
+            rpc.worker_handlers(self),
+            rpc.data_handlers(lambda stream: self.plane.serve_grpc(stream)),
         )
         address = rpc.listen(self._server, config.host, config.port)
         self.ref = WorkerRef(config.name, address, secrets.randbits(62) + 1)
@@ -88,16 +94,13 @@ class Worker:
             max_running=min(config.engine.max_running, config.engine.max_batch_tokens),  # a step must hold them all
             max_waiting=config.max_waiting,
         )
-        context = Context(
-            ref=self.ref, fingerprint=engine.fingerprint, table=table, outbox=Outbox(), limits=limits,
-            handover=config.handover,
+        self.plane = Plane(
+            self.ref, engine.store, config.handover, config.cluster_token, config.host, clock, self._events,
+            self.inbox.post, engine.shared, address,
         )  # fmt: skip
-        self._inlet = Inlet(engine.pool, clock, self.inbox.post)
-        self.outlet = GrpcOutlet(
-            engine.pool, self.ref, config.handover, config.cluster_token, clock, self._events,
-            lambda target: self.inbox.post(TargetGone(target)),
-        )  # fmt: skip
-        roles = make_roles(config.role, context, self._inlet, self.outlet, engine.pool.num_layers)
+        own = Endpoint(self.ref, engine.fingerprint, engine.store.format, this_host(), (self.plane.door,))
+        context = Context(endpoint=own, table=table, outbox=Outbox(), limits=limits, handover=config.handover)
+        roles = make_roles(config.role, context, self.plane.inlet, self.plane.outlet)
         self.loop = EngineLoop(context, roles, engine.runner, self.inbox, clock, self._deliver)
         info = WorkerInfo(
             ref=self.ref,
@@ -107,14 +110,14 @@ class Worker:
             block_size=config.engine.block_size,
             total_blocks=engine.num_blocks,
             max_model_len=engine.max_model_len,
-            kv_bytes_per_token=engine.pool.block_bytes * engine.pool.num_layers // config.engine.block_size,
+            kv_bytes_per_token=engine.store.format.bytes_per_token,
             vocab_size=engine.vocab_size,
             host=socket.gethostname(),
             pid=os.getpid(),
         )
         self._routers = RouterLines(info, self.inbox, self._last_load, config.heartbeat_s, config.lease_s)
-        self._sources = SourceLines(self.ref, self.inbox, config.heartbeat_s, config.lease_s)
-        self._targets = TargetLines(self.ref, self.inbox, config.cluster_token, config.handover.lease_s)
+        self._sources = SourceLines(own, self.inbox, config.heartbeat_s, config.lease_s)
+        self._targets = TargetLines(own, self.inbox, config.cluster_token, config.handover.lease_s)
 
     async def start(self) -> None:
         await self._server.start()
@@ -123,7 +126,7 @@ class Worker:
         """Hang up on everybody."""
         await self._server.stop(grace=0)
         await self._targets.stop()
-        await self.outlet.stop()
+        self.plane.stop()
 
     # --- rpc.WorkerService ---
 
@@ -142,9 +145,6 @@ class Worker:
                 return await reply
         except TimeoutError as error:
             raise DeadlineExceeded(f"the engine loop has not come round for {CHECK_TIMEOUT_S:.0f} s") from error
-
-    async def _receive(self, stream: rpc.Stream[bytes, bytes]) -> None:
-        await grpc_transport.receive(stream, self._inlet)
 
     # --- from the loop's thread to the event loop ---
 

@@ -17,6 +17,7 @@ from ..common.errors import BatonError, DeadlineExceeded, InvalidRequest, StaleE
 from ..common.messages import (
     Abort,
     Committed,
+    Endpoint,
     Hello,
     Load,
     Ping,
@@ -172,8 +173,8 @@ class RouterLines:
 class SourceLines:
     """The control streams that sources opened to us."""
 
-    def __init__(self, ref: WorkerRef, inbox: Inbox, heartbeat_s: float, lease_s: float) -> None:
-        self._ref = ref
+    def __init__(self, own: Endpoint, inbox: Inbox, heartbeat_s: float, lease_s: float) -> None:
+        self._own = own
         self._inbox = inbox
         self._heartbeat_s = heartbeat_s
         self._lease_s = lease_s
@@ -185,23 +186,24 @@ class SourceLines:
 
     async def serve(self, stream: Stream[SourceSays, TargetSays]) -> None:
         """One source's stream, for as long as it lives."""
-        source = await _first(stream, self._lease_s)
-        if not isinstance(source, WorkerRef):
+        hello = await _first(stream, self._lease_s)
+        if not isinstance(hello, Endpoint):
             raise InvalidRequest("the first message of a control stream is a hello")
-        await stream.write(self._ref)
+        await stream.write(self._own)
+        source = hello.ref
         if source in self._lines:  # the old stream broke, and the source noticed first
             self._inbox.post(SourceGone(source))
         line = self._lines[source] = Line()
         try:
-            await _either(self._listen(stream, source), line.pump(stream, self._heartbeat_s, lambda: None))
+            await _either(self._listen(stream, hello), line.pump(stream, self._heartbeat_s, lambda: None))
         finally:
             if self._lines.get(source) is line:
                 del self._lines[source]
                 self._inbox.post(SourceGone(source))
 
-    async def _listen(self, stream: Stream[SourceSays, TargetSays], source: WorkerRef) -> None:
+    async def _listen(self, stream: Stream[SourceSays, TargetSays], source: Endpoint) -> None:
         while (message := await stream.read()) is not None:
-            if isinstance(message, WorkerRef):
+            if isinstance(message, Endpoint):
                 raise InvalidRequest("only the first message of a control stream is a hello")
             self._inbox.post(FromSource(source, message))
 
@@ -209,8 +211,8 @@ class SourceLines:
 class TargetLines:
     """The control streams that we open to targets, each on first use. Renews the leases of what is under way."""
 
-    def __init__(self, ref: WorkerRef, inbox: Inbox, cluster_token: str, lease_s: float) -> None:
-        self._ref = ref
+    def __init__(self, own: Endpoint, inbox: Inbox, cluster_token: str, lease_s: float) -> None:
+        self._own = own
         self._inbox = inbox
         self._token = cluster_token
         self._lease_s = lease_s
@@ -244,12 +246,12 @@ class TargetLines:
         stream = peer.control()
         try:
             async with asyncio.timeout(self._lease_s):
-                await stream.write(self._ref)
+                await stream.write(self._own)
                 hello = await stream.read()
-            if hello != target:
+            if not isinstance(hello, Endpoint) or hello.ref != target:
                 raise StaleEpoch(f"{target.name} has been restarted")
             await _either(
-                self._listen(stream, target), line.pump(stream, self._lease_s / 3, lambda: self._renewal(target))
+                self._listen(stream, hello), line.pump(stream, self._lease_s / 3, lambda: self._renewal(target))
             )
         except (BatonError, TimeoutError) as error:
             log.warning("control stream to %s broke: %s", target.name, error or "no answer")
@@ -264,10 +266,10 @@ class TargetLines:
         under_way = self._under_way[target]
         return Renew(tuple(under_way)) if under_way else None
 
-    async def _listen(self, stream: Stream[TargetSays, SourceSays], target: WorkerRef) -> None:
+    async def _listen(self, stream: Stream[TargetSays, SourceSays], target: Endpoint) -> None:
         while (message := await stream.read()) is not None:
-            if isinstance(message, WorkerRef):
+            if isinstance(message, Endpoint):
                 raise InvalidRequest("only the first message of a control stream is a hello")
             if isinstance(message, Committed | Refused | Abort):
-                self._under_way[target].discard(message.handover_id)
+                self._under_way[target.ref].discard(message.handover_id)
             self._inbox.post(FromTarget(target, message))

@@ -20,9 +20,9 @@ from ..common.clock import RealClock
 from ..common.config import WorkerConfig
 from ..common.errors import BatonError
 from ..common.messages import WorkerStatus
-from ..engine.runner import Engine, build_engine
 from ..protos.rpc import Peer
 from .assembly import Worker
+from .compute import Compute, build
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,13 @@ class EngineThread(threading.Thread):
         self._config = config
         self._progress = progress
         self._stop_loop = threading.Event()
-        self.engine: Future[Engine] = Future()
+        self.engine: Future[Compute] = Future()
         self.worker: Future[Worker] = Future()
         self.ended: Future[None] = Future()
 
     def run(self) -> None:
         try:
-            self.engine.set_result(build_engine(self._config.engine, self._progress))
+            self.engine.set_result(build(self._config, self._progress))
         except Exception as error:  # a thread's edge: the main thread raises it
             self.engine.set_exception(error)
             return

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 from baton.common.clock import ManualClock
 from baton.common.config import HandoverConfig
 from baton.common.hashing import BlockHasher
 from baton.common.messages import Abort, Renew, Reserve, Reserved, Submit, TokenOut
-from baton.common.types import Request, Role, WorkerRef
+from baton.common.types import Request, Role
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import FromRouter, FromSource, Inbox, Mail, Outbox, RouterJoined
 from baton.engine.role import Context, Limits
-from baton.kvtransfer.inlet import Inlet
+from baton.kvtransfer.inlet import RankInlet
 from baton.worker.assembly import make_roles
-from tests.toy import BLOCK_SIZE, EOS, LAYERS, ToyPool, ToyRunner, oracle, request
+from tests.toy import BLOCK_SIZE, EOS, ToyPool, ToyRunner, endpoint, oracle, request
 
-SOURCE, TARGET = WorkerRef("prefill-0", "", 1), WorkerRef("worker-0", "", 2)
-NO_OUTLET: Any = None
+SOURCE, TARGET = endpoint("prefill-0"), endpoint("worker-0", epoch=2)
+NO_OUTLET: Any = Mock()
 
 
 class Bench:
@@ -31,11 +32,11 @@ class Bench:
             eos_ids=frozenset({EOS}), max_model_len=150, max_batch_tokens=32, max_running=32, max_waiting=999
         )
         context = Context(
-            ref=TARGET, fingerprint="toy", table=BlockTable(num_blocks, BlockHasher(BLOCK_SIZE)), outbox=Outbox(),
+            endpoint=TARGET, table=BlockTable(num_blocks, BlockHasher(BLOCK_SIZE)), outbox=Outbox(),
             limits=limits, handover=HandoverConfig(lease_s=2.0),
         )  # fmt: skip
-        inlet = Inlet(pool, self.clock, self.inbox.post)
-        roles = make_roles(role, context, inlet, NO_OUTLET, LAYERS)
+        inlet = RankInlet(pool.store, self.clock, self.inbox.post)
+        roles = make_roles(role, context, inlet, NO_OUTLET)
         self.loop = EngineLoop(context, roles, ToyRunner(pool), self.inbox, self.clock, self.said.append)
         self.inbox.post(RouterJoined("router"))
 
@@ -64,9 +65,9 @@ def test_a_reservation_ends_with_its_deadline_though_its_source_renews_for_ever(
     """A source whose loop hangs in a step is alive on the wire."""
     bench = Bench(Role.DECODE, num_blocks=40)
     what = request("r", range(30), 20)
-    bench.inbox.post(FromSource(SOURCE, Reserve(1, 1, 1, "router", what, SOURCE, TARGET, "toy")))
+    bench.inbox.post(FromSource(SOURCE, Reserve(1, 1, 1, "router", what, TARGET.ref)))
     bench.loop.step()
-    assert bench.said[-1].to_sources == [(SOURCE, Reserved(1, 0))]
+    assert bench.said[-1].to_sources == [(SOURCE.ref, Reserved(1, 0, "tcp"))]
     for _ in range(int(what.deadline_s) + 1):
         bench.inbox.post(FromSource(SOURCE, Renew((1,))))
         bench.clock.advance(1.0)

@@ -7,7 +7,6 @@ from typing import Any
 from baton.common.clock import ManualClock
 from baton.common.config import HandoverConfig
 from baton.common.hashing import BlockHasher
-from baton.common.types import WorkerRef
 from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
@@ -15,7 +14,7 @@ from baton.engine.mailbox import Inbox, Outbox
 from baton.engine.plan import OnLayer, Sampled, StepPlan
 from baton.engine.role import Context, Limits
 from baton.engine.sequence import Sequence
-from tests.toy import request
+from tests.toy import endpoint, request
 
 NO_INLET: Any = None
 
@@ -39,8 +38,7 @@ def decode_step_s(seconds: list[float]) -> float:
         eos_ids=frozenset(), max_model_len=1000, max_batch_tokens=64, max_running=8, max_waiting=8
     )  # fmt: skip
     context = Context(
-        ref=WorkerRef("w", "", 1), fingerprint="", table=table, outbox=Outbox(), limits=limits,
-        handover=HandoverConfig(),
+        endpoint=endpoint("w"), table=table, outbox=Outbox(), limits=limits, handover=HandoverConfig(),
     )  # fmt: skip
     role = DecodeRole(context, NO_INLET)
     sequence = Sequence(("router", 1), request("r", [1, 2, 3], 500), 1, 0.0, 1e9)

@@ -1,24 +1,48 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from baton.common.clock import ManualClock
 from baton.common.errors import HandoverFailed, StaleAttempt
 from baton.common.messages import Filled, Spoiled
 from baton.kvtransfer import wire
-from baton.kvtransfer.inlet import Inlet
-from tests.toy import LAYERS, ToyPool
+from baton.kvtransfer.inlet import RankInlet
+from baton.kvtransfer.layout import Route
+from baton.kvtransfer.transport import Store
+from baton.kvtransfer.wire import Checksums, FrameHeader
+from tests.toy import FORMAT, LAYERS, ToyPool
 
 SOURCE = ("prefill-0", 11)
 KEY = (*SOURCE, 5)
+ROUTE = Route(0, 0, 0, 0, 1)
 
 
-def frame(pool: ToyPool, layer: int, first: int, count: int, value: int = 7, **changes: int) -> bytes:
-    payload = bytes([value]) * (count * pool.block_bytes)
-    fields = {"handover_id": 5, "attempt": 1, "layer": layer, "first": first, "count": count}
-    return wire.pack(wire.FrameHeader(**{**fields, "checksum": wire.checksum(payload), **changes}), payload)
+class Given:
+    """A taker whose bytes are all one value. `at_landing` is called before they land."""
+
+    def __init__(self, value: int = 7, at_landing: object = None) -> None:
+        self.value, self.at_landing = value, at_landing
+
+    def fetch(self, header: FrameHeader) -> None: ...
+
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
+        if callable(self.at_landing):
+            self.at_landing()
+        return store.unpack(header.layer, blocks, route, memoryview(bytes([self.value]) * header.size))
+
+    def close(self) -> None: ...
+
+
+def frame(layer: int, first: int, count: int, value: int = 7) -> FrameHeader:
+    size = count * FORMAT.block_bytes
+    scratch = ToyPool(count)
+    sums = scratch.store.unpack(0, range(count), ROUTE, memoryview(bytes([value]) * size))
+    return FrameHeader(5, 1, layer, first, count, size, sums.tobytes())
 
 
 @pytest.fixture
@@ -32,86 +56,111 @@ def pool() -> ToyPool:
 
 
 @pytest.fixture
-def inlet(pool: ToyPool, posted: list[Filled | Spoiled]) -> Inlet:
-    inlet = Inlet(pool, ManualClock(3.0), posted.append)
-    inlet.open(KEY, 1, 2, [6, 1, 4])  # the sequence's blocks 2, 3 and 4
+def inlet(pool: ToyPool, posted: list[Filled | Spoiled]) -> RankInlet:
+    inlet = RankInlet(pool.store, ManualClock(3.0), posted.append)
+    inlet.open(KEY, 1, FORMAT, 2, [6, 1, 4])  # the sequence's blocks 2, 3 and 4
     return inlet
 
 
 def test_bytes_land_in_the_reserved_blocks_and_nowhere_else(
-    inlet: Inlet, pool: ToyPool, posted: list[Filled | Spoiled]
+    inlet: RankInlet, pool: ToyPool, posted: list[Filled | Spoiled]
 ) -> None:
     assert inlet.touched(KEY) is None
+    inlet.expect(KEY, 5)
     for layer in range(LAYERS):
-        inlet.receive(SOURCE, frame(pool, layer, 2, 2, 10 + layer))
+        inlet.receive(SOURCE, 0, frame(layer, 2, 2, 10 + layer), Given(10 + layer))
         assert posted == []
     for layer in range(LAYERS):
-        inlet.receive(SOURCE, frame(pool, layer, 4, 1, 20 + layer))
+        inlet.receive(SOURCE, 0, frame(layer, 4, 1, 20 + layer), Given(20 + layer))
     assert posted == [Filled(KEY)] and inlet.touched(KEY) == 3.0
     for layer in range(LAYERS):
-        assert {block: int(pool.bytes[layer, block, 0]) for block in range(8)} == {
-            **dict.fromkeys((0, 2, 3, 5, 7), 0),
-            6: 10 + layer,
-            1: 10 + layer,
-            4: 20 + layer,
-        }
+        for block in range(8):
+            value = {6: 10 + layer, 1: 10 + layer, 4: 20 + layer}.get(block, 0)
+            assert (pool.bytes[layer, block] == value).all()
 
 
-def test_the_same_frame_twice_counts_once(inlet: Inlet, pool: ToyPool, posted: list[Filled | Spoiled]) -> None:
+@pytest.mark.parametrize("expected", [2, 3, 4, 5])
+@pytest.mark.parametrize("early", [True, False])
+def test_complete_means_all_that_is_expected(
+    inlet: RankInlet, posted: list[Filled | Spoiled], expected: int, early: bool
+) -> None:
+    """The end is announced before the bytes or after them; what was reserved beyond it is not waited for."""
+    if early:
+        inlet.expect(KEY, expected)
+    for layer in range(LAYERS):
+        for block in range(2, expected):
+            assert posted == []
+            inlet.receive(SOURCE, 0, frame(layer, block, 1), Given())
+    if not early:
+        assert posted == []
+        inlet.expect(KEY, expected)
+    assert posted == [Filled(KEY)]
+
+
+def test_more_than_reserved_spoils(inlet: RankInlet, posted: list[Filled | Spoiled]) -> None:
+    inlet.expect(KEY, 6)
+    assert isinstance(posted[0], Spoiled)
+
+
+def test_the_same_frame_twice_counts_once(inlet: RankInlet, posted: list[Filled | Spoiled]) -> None:
+    inlet.expect(KEY, 5)
     for layer in (0, 0, 1, 1, 2):
-        inlet.receive(SOURCE, frame(pool, layer, 2, 3))
+        inlet.receive(SOURCE, 0, frame(layer, 2, 3), Given())
     assert posted == [Filled(KEY)]
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        {"layer": LAYERS},
-        {"first": 1},
-        {"first": 4, "count": 2},
-        {"count": 0},
-        {"checksum": 1},
-    ],
+    [{"layer": LAYERS}, {"first": 1}, {"first": 4}, {"size": 1}, {"size": 3 * FORMAT.block_bytes}],
+    ids=str,
 )
 def test_wrong_frames_are_refused_and_spoil_the_handover(
-    inlet: Inlet, pool: ToyPool, posted: list[Filled | Spoiled], wrong: dict[str, int]
+    inlet: RankInlet, pool: ToyPool, posted: list[Filled | Spoiled], wrong: dict[str, int]
 ) -> None:
     with pytest.raises(HandoverFailed):
-        inlet.receive(SOURCE, frame(pool, **{"layer": 0, "first": 2, "count": 2, **wrong}))
+        inlet.receive(SOURCE, 0, replace(frame(0, 2, 2), **wrong), Given())
     assert isinstance(posted[0], Spoiled) and not pool.bytes.any()
 
 
-def test_short_payload_and_overlap_are_refused(inlet: Inlet, pool: ToyPool) -> None:
-    with pytest.raises(HandoverFailed):
-        inlet.receive(SOURCE, frame(pool, 0, 2, 2)[:-1])
-    inlet.receive(SOURCE, frame(pool, 0, 2, 2))
+def test_damaged_bytes_spoil_the_handover(inlet: RankInlet, posted: list[Filled | Spoiled]) -> None:
+    with pytest.raises(HandoverFailed, match="checksum"):
+        inlet.receive(SOURCE, 0, frame(0, 2, 2), Given(8))
+    inlet.expect(KEY, 2)
+    assert isinstance(posted[0], Spoiled)
+
+
+def test_overlaps_are_refused(inlet: RankInlet) -> None:
+    inlet.receive(SOURCE, 0, frame(0, 2, 2), Given())
     with pytest.raises(HandoverFailed, match="overlaps"):
-        inlet.receive(SOURCE, frame(pool, 0, 3, 2))
+        inlet.receive(SOURCE, 0, frame(0, 3, 2), Given())
 
 
-@pytest.mark.parametrize("stranger", [("prefill-0", 12), ("prefill-1", 11)])
-def test_another_incarnation_cannot_write(inlet: Inlet, pool: ToyPool, stranger: tuple[str, int]) -> None:
-    with pytest.raises(StaleAttempt):
-        inlet.receive(stranger, frame(pool, 0, 2, 1))
-    with pytest.raises(StaleAttempt):
-        inlet.receive(SOURCE, frame(pool, 0, 2, 1, attempt=2))
-    with pytest.raises(StaleAttempt):
-        inlet.receive(SOURCE, frame(pool, 0, 2, 1, handover_id=6))
+def test_a_rank_that_has_nothing_to_send_is_refused(inlet: RankInlet, pool: ToyPool) -> None:
+    with pytest.raises(HandoverFailed):
+        inlet.receive(SOURCE, 1, frame(0, 2, 1), Given())
     assert not pool.bytes.any()
 
 
-def test_nothing_is_written_after_close(inlet: Inlet, pool: ToyPool) -> None:
+@pytest.mark.parametrize("stranger", [("prefill-0", 12), ("prefill-1", 11)])
+def test_another_incarnation_cannot_write(inlet: RankInlet, pool: ToyPool, stranger: tuple[str, int]) -> None:
+    with pytest.raises(StaleAttempt):
+        inlet.receive(stranger, 0, frame(0, 2, 1), Given())
+    with pytest.raises(StaleAttempt):
+        inlet.receive(SOURCE, 0, replace(frame(0, 2, 1), attempt=2), Given())
+    with pytest.raises(StaleAttempt):
+        inlet.receive(SOURCE, 0, replace(frame(0, 2, 1), handover_id=6), Given())
+    assert not pool.bytes.any()
+
+
+def test_nothing_is_written_after_close(inlet: RankInlet) -> None:
     """A writer that is in the middle finishes before `close` returns; one that comes later is refused."""
     inside, go_on, closed = threading.Event(), threading.Event(), threading.Event()
-    scatter = pool.scatter
 
-    def slow(layer: int, blocks: list[int], data: bytes) -> None:
+    def slow() -> None:
         inside.set()
         assert go_on.wait(5)
-        scatter(layer, blocks, data)
 
-    pool.scatter = slow  # type: ignore[assignment]
-    writer = threading.Thread(target=inlet.receive, args=(SOURCE, frame(pool, 0, 2, 1)))
+    writer = threading.Thread(target=inlet.receive, args=(SOURCE, 0, frame(0, 2, 1), Given(7, slow)))
     writer.start()
     assert inside.wait(5)
     closer = threading.Thread(target=lambda: (inlet.close(KEY), closed.set()))
@@ -122,15 +171,34 @@ def test_nothing_is_written_after_close(inlet: Inlet, pool: ToyPool) -> None:
     writer.join()
     closer.join()
     with pytest.raises(StaleAttempt):
-        inlet.receive(SOURCE, frame(pool, 1, 2, 1))
+        inlet.receive(SOURCE, 0, frame(1, 2, 1), Given())
 
 
-def test_nothing_missing_is_complete_at_once(pool: ToyPool, posted: list[Filled | Spoiled]) -> None:
-    Inlet(pool, ManualClock(), posted.append).open(KEY, 1, 3, [])
+def test_a_source_of_two_ranks_is_complete_with_both(pool: ToyPool, posted: list[Filled | Spoiled]) -> None:
+    """Two heads of one rank here come from two ranks there."""
+    form = replace(FORMAT, num_kv_heads=2, head_dim=2)
+    store = type(pool.store)(np.zeros(LAYERS * 8 * form.block_bytes, np.uint8), form, 0, 8, lambda *_: np.zeros(1))
+    inlet = RankInlet(store, ManualClock(), posted.append)
+    inlet.open(KEY, 1, replace(form, tp=2), 0, [3])
+    inlet.expect(KEY, 1)
+    size = form.block_bytes // 2
+    for rank in (0, 1):
+        for layer in range(LAYERS):
+            assert posted == []
+            route = Route(rank, 0, 0, rank, 1)
+            sums = store.unpack(layer, [3], route, memoryview(bytes([7]) * size))
+            inlet.receive(SOURCE, rank, FrameHeader(5, 1, layer, 0, 1, size, sums.tobytes()), Given())
     assert posted == [Filled(KEY)]
 
 
-@pytest.mark.parametrize("junk", [b"", b"abc", b"\xff\xff\xff\xff", b"\x01\x00\x00\x00\xc1", b"\x01\x00\x00\x00\x05xx"])
+def test_headers_travel_whole() -> None:
+    header = FrameHeader(5, 1, 2, 3, 2, 64, b"0123456789abcdef", (7, 9), 11)
+    assert wire.unpack(wire.pack(header)) == header
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"abc", b"\xff\xff\xff\xff", b"\xc1", wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, b"short"))]
+)
 def test_junk_is_a_typed_error(junk: bytes) -> None:
     with pytest.raises(HandoverFailed):
         wire.unpack(junk)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from baton.common import messages as m
 from baton.common import types as t
 from baton.common.errors import InvalidRequest
+from baton.common.kv_format import ITEM_BYTES, KvFormat
 from baton.protos import convert
 from baton.protos.compile import COMPILED, compiled
 from baton.protos.schema import pb
@@ -65,6 +66,10 @@ report = st.builds(
 )
 abort = st.builds(m.Abort, u64, text, text)
 status = st.builds(m.WorkerStatus, text, text, text, text, u64, number, text, u32)
+tps = st.sampled_from([1, 2])
+formats = st.builds(KvFormat, *[st.integers(1, 9).map(lambda n: 2 * n)] * 4, st.sampled_from(list(ITEM_BYTES)), tps)
+door = st.dictionaries(text, text, max_size=2)
+endpoint = formats.flatmap(lambda f: st.builds(m.Endpoint, ref, text, st.just(f), text, st.tuples(*[door] * f.tp)))
 MESSAGES = {
     "FROM_ROUTER": st.one_of(
         st.builds(m.Hello, text, u64, u64),
@@ -75,14 +80,18 @@ MESSAGES = {
     ),
     "FROM_WORKER": info | report,
     "FROM_SOURCE": st.one_of(
-        ref,
-        st.builds(m.Reserve, u64, u64, u32, text, request, ref, ref, text),
-        st.builds(m.Commit, u64, token, number),
+        endpoint,
+        st.builds(m.Reserve, u64, u64, u32, text, request, ref, st.sampled_from(m.Purpose), several(text)),
+        st.builds(m.Commit, u64, several(token), number),
         abort,
         st.builds(m.Renew, st.lists(u64, max_size=3).map(tuple)),
     ),
     "FROM_TARGET": st.one_of(
-        ref, st.builds(m.Reserved, u64, u32), st.builds(m.Refused, u64, text, text), st.builds(m.Committed, u64), abort
+        endpoint,
+        st.builds(m.Reserved, u64, u32, text),
+        st.builds(m.Refused, u64, text, text),
+        st.builds(m.Committed, u64),
+        abort,
     ),
     "MEMBERS": st.builds(m.Members, u64, several(status)),
     "STATUS_REPORT": status,
@@ -117,6 +126,10 @@ def test_garbage_is_refused_with_a_typed_error_or_read_as_a_message(name: str) -
         codec.decode(b"\xff\xff")
 
 
+def _ok_format() -> Any:
+    return pb.KvFormat(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="int8", tp=1)
+
+
 def _ok_request() -> Any:
     return pb.Request(tokens=[1, 2], prompt_len=2, params=pb.SamplingParams(max_tokens=1))
 
@@ -145,7 +158,10 @@ def _ok_request() -> Any:
         pb.FromWorker(report=pb.StepReport(finished=[pb.Event(ticket=1, reason="bored")])),
         pb.FromWorker(report=pb.StepReport(kv=[pb.KvEvents(stored=b"x" * 17)])),
         pb.FromSource(),
-        pb.FromSource(reserve=pb.Reserve(request=_ok_request(), source=pb.WorkerRef())),
+        pb.FromSource(reserve=pb.Reserve(request=_ok_request(), purpose="decode")),
+        pb.FromSource(reserve=pb.Reserve(request=_ok_request(), purpose="feed", target=pb.WorkerRef())),
+        pb.FromSource(hello=pb.Endpoint(ref=pb.WorkerRef(), format=pb.KvFormat(dtype="int8"))),
+        pb.FromTarget(hello=pb.Endpoint(ref=pb.WorkerRef(), format=_ok_format())),
         pb.FromTarget(),
     ],
     ids=lambda message: str(message).replace("\n", " ").replace(" ", "") or f"empty{message.DESCRIPTOR.name}",

@@ -9,13 +9,18 @@ from contextlib import asynccontextmanager
 import pytest
 
 from baton.common.errors import DeadlineExceeded, InvalidRequest, StaleEpoch, Unauthorized, WorkerLost
-from baton.common.messages import CheckReport, Hello, Members, Ping, StepReport, WorkerStatus
+from baton.common.kv_format import KvFormat
+from baton.common.messages import CheckReport, Endpoint, Hello, Members, Ping, StepReport, WorkerStatus
 from baton.common.types import WorkerRef
 from baton.protos import rpc
 from baton.protos.convert import FromRouter, FromSource, FromTarget, FromWorker
 from baton.protos.rpc import Peer, Stream
 
 TOKEN = "secret"
+
+
+def end(name: str) -> Endpoint:
+    return Endpoint(WorkerRef(name, "a", 1), "f", KvFormat(1, 2, 3, 4, "int8", tp=2), "host", ({"tcp": "b"}, {}))
 
 
 class EchoWorker:
@@ -37,8 +42,8 @@ class EchoWorker:
 
     async def control(self, stream: Stream[FromSource, FromTarget]) -> None:
         hello = await stream.read()
-        assert isinstance(hello, WorkerRef)
-        await stream.write(WorkerRef("target", "b", 2))
+        assert isinstance(hello, Endpoint)
+        await stream.write(end("target"))
 
     async def check(self) -> CheckReport:
         await asyncio.sleep(self.check_delay)
@@ -138,8 +143,8 @@ async def test_control_and_check() -> None:
     async with served(rpc.worker_handlers(worker)) as peer:
         assert await peer.check(5) == CheckReport(ok=True, total_blocks=5)
         stream = peer.control()
-        await stream.write(WorkerRef("source", "a", 1))
-        assert await stream.read() == WorkerRef("target", "b", 2)
+        await stream.write(end("source"))
+        assert await stream.read() == end("target")
         assert await stream.read() is None
         worker.check_delay = 30
         with pytest.raises(DeadlineExceeded):

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 import pytest
 
 from baton.common.errors import BatonError, StaleEpoch
-from baton.common.messages import Cancel, Failed, Hello, Ping, Reserve, Reserved, StepReport, Submit
+from baton.common.messages import Cancel, Endpoint, Failed, Hello, Ping, Reserve, Reserved, StepReport, Submit
 from baton.common.types import FinishReason, Request, Role, WorkerInfo, WorkerRef
 from baton.protos.rpc import Peer
 from baton.worker.assembly import Worker
 from tests.house import House
-from tests.toy import LAYERS, ToyEngine, oracle, request
+from tests.toy import LAYERS, ToyEngine, endpoint, oracle, request
 
 DEADLINE_S = 10.0
 
@@ -202,15 +202,16 @@ async def test_a_source_that_calls_again_has_lost_what_it_began_before(house: Ho
     """It noticed the broken stream before its target did: the old reservation must not live on for its lease."""
     decode = await house.worker("decode-0", Role.DECODE, lease_s=60.0)
     await connect(decode)
-    source, what = WorkerRef("prefill-0", "127.0.0.1:9", 7), request("a", PROMPT, 20)
+    source, what = endpoint("prefill-0", epoch=7), request("a", PROMPT, 20)
     peer = Peer(decode.ref.address, "secret")
     old, new = peer.control(), peer.control()
     await old.write(source)
     await old.read()
-    await old.write(Reserve(1, 1, 1, "router@7", what, source, decode.ref, "toy"))
-    assert await asyncio.wait_for(old.read(), DEADLINE_S) == Reserved(1, 0)
+    await old.write(Reserve(1, 1, 1, "router@7", what, decode.ref))
+    assert await asyncio.wait_for(old.read(), DEADLINE_S) == Reserved(1, 0, "tcp")
     await new.write(source)
-    assert await asyncio.wait_for(new.read(), DEADLINE_S) == decode.ref
+    hello = await asyncio.wait_for(new.read(), DEADLINE_S)
+    assert isinstance(hello, Endpoint) and hello.ref == decode.ref
     await house.balanced()
     await peer.close()
 
@@ -300,5 +301,5 @@ async def test_layers_leave_in_order(house: House) -> None:
     up, down = await connect(prefill), await connect(decode)
     await submit(up, 1, request("a", PROMPT, 20), decode.ref)
     await down.until(lambda: down.finish(1))
-    (left,) = prefill.outlet.trace.left_at.values()
+    (left,) = prefill.plane.outlet.trace.left_at.values()
     assert list(left) == list(range(LAYERS)) and sorted(left.values()) == list(left.values())

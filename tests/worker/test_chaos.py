@@ -7,12 +7,14 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from baton.common.config import RouterConfig
 from baton.common.errors import PoisonRequest
 from baton.common.types import FinishReason, Request, Role
+from baton.kvtransfer.transport import Taker
 from baton.kvtransfer.wire import FrameHeader
 from baton.router.service import Router
 from tests.house import Crash, House
@@ -129,14 +131,14 @@ async def test_storm(house: House, router: Router, seed: int) -> None:
 async def test_damaged_bytes_are_noticed_and_computed_again(house: House, router: Router) -> None:
     await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE)
-    inlet, damaged = decode._inlet, []
+    inlet, damaged = decode.plane.inlet, []
     receive = inlet.receive
 
-    def damage(source: tuple[str, int], frame: bytes) -> FrameHeader:
+    def damage(source: tuple[str, int], rank: int, header: FrameHeader, taker: Taker) -> None:
         if len(damaged) < 3:
-            frame = frame[:-1] + bytes([frame[-1] ^ 64])
+            header = replace(header, checksums=header.checksums[:-1] + bytes([header.checksums[-1] ^ 64]))
             damaged.append(source)
-        return receive(source, frame)
+        receive(source, rank, header, taker)
 
     inlet.receive = damage  # type: ignore[method-assign]
     await ready(router)

@@ -16,9 +16,9 @@ from baton.common.messages import Members, WorkerStatus
 from baton.common.types import Request, Role, SamplingParams
 from baton.deploy import models
 from baton.engine.gguf import import_gguf
-from baton.engine.runner import build_engine
 from baton.router.service import Router
 from baton.worker.assembly import Worker
+from baton.worker.compute import build
 
 LAYERS = 30
 PROMPT_TOKENS = 320
@@ -35,7 +35,7 @@ async def running(role: Role, model: Path) -> AsyncIterator[Worker]:
     """A worker with the real engine, its loop on a thread."""
     engine = EngineConfig(model=str(model), kv_memory=64 << 20, threads=1)
     config = WorkerConfig(name=str(role), role=role, engine=engine, cluster_token="secret")
-    worker = Worker(config, build_engine(engine, lambda _: None), RealClock())
+    worker = Worker(config, build(config, lambda _: None), RealClock())
     stop = threading.Event()
     thread = threading.Thread(target=worker.loop.run, args=(stop,))
     await worker.start()
@@ -75,7 +75,7 @@ async def test_a_layer_leaves_while_later_layers_compute(demo_model: Path) -> No
                 await asyncio.sleep(0.02)
             await complete(router, tuple(range(100, 120)))  # opens the connections
             assert await complete(router, tuple(range(1000, 1000 + PROMPT_TOKENS))) == 4
-        trace = prefill.outlet.trace
+        trace = prefill.plane.outlet.trace
         handover = max(trace.left_at)
         computed, left = trace.computed_at[handover], trace.left_at[handover]
         assert computed.keys() == left.keys() == set(range(LAYERS))

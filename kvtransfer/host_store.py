@@ -1,0 +1,93 @@
+"""A KV pool in memory that the processor reaches: packing, unpacking and fetching pieces, checksums on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.kv_format import SCALE_BYTES, KvFormat
+from ..kernels import move
+from .layout import Cut, Route, as_kept, in_payload, in_pool, piece_bytes, tokens_of
+from .wire import Checksums
+
+Bytes = NDArray[np.uint8]
+
+Convert = Callable[[Bytes, str, str, int, int], Bytes]
+"""(rows [n, bytes of a row], KV type, wanted KV type, tokens in a row, head_dim) → rows [n, bytes of such a row]."""
+
+
+class HostStore:
+    """See `transport.Store`. `memory` is the pool of one rank, flat, layer after layer; `convert` changes the type of
+    rows where the two ends keep different ones; `checked`: take checksums (0 otherwise)."""
+
+    def __init__(
+        self, memory: Bytes, format: KvFormat, rank: int, num_blocks: int, convert: Convert, checked: bool = True
+    ) -> None:
+        self.format = format
+        self.rank = rank
+        self.num_blocks = num_blocks
+        self.memory = memory
+        self._convert = convert
+        self.checked = checked
+
+    def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
+        data = np.frombuffer(out, dtype=np.uint8)
+        piece = piece_bytes(target, route)
+        into = in_payload(part.count, piece)
+        if as_kept(self.format, target):
+            at = self._at(layer, part.blocks, route.source_head, route.heads)
+            return move.copy(self.memory, at, data, into, piece // 2, checked=self.checked)
+        data[:] = self._recut(layer, part, route, target).reshape(-1)
+        return self._sums(data, into, piece // 2)
+
+    def unpack(self, layer: int, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
+        half = piece_bytes(self.format, route) // 2
+        at = self._at(layer, blocks, route.target_head, route.heads)
+        source = np.frombuffer(data, dtype=np.uint8)
+        return move.copy(source, in_payload(len(blocks), 2 * half), self.memory, at, half, checked=self.checked)
+
+    def checksums(self, layer: int, blocks: Sequence[int], route: Route) -> Checksums:
+        at = self._at(layer, blocks, route.source_head, route.heads)
+        return self._sums(self.memory, at, piece_bytes(self.format, route) // 2)
+
+    def fetch(
+        self, peer: Bytes, peer_format: KvFormat, peer_blocks: int, layer: int, theirs: Sequence[int],
+        blocks: Sequence[int], route: Route,
+    ) -> Checksums:  # fmt: skip
+        """Copy pieces out of a peer's pool of `peer_blocks` blocks, which keeps rows as we do, into our own `blocks`.
+        Raises `IndexError` where it has no such blocks."""
+        source = in_pool(peer_format, peer_blocks, layer, theirs, route.source_head, route.heads)
+        target = self._at(layer, blocks, route.target_head, route.heads)
+        half = piece_bytes(self.format, route) // 2
+        return move.copy(peer, source, self.memory, target, half, checked=self.checked)
+
+    def _at(self, layer: int, blocks: Sequence[int], head: int, heads: int) -> NDArray[np.int64]:
+        return in_pool(self.format, self.num_blocks, layer, blocks, head, heads)
+
+    def _sums(self, memory: Bytes, at: NDArray[np.int64], size: int) -> Checksums:
+        return move.checksums(memory, at, size) if self.checked else np.zeros(len(at), dtype=np.uint64)
+
+    def _recut(self, layer: int, part: Cut, route: Route, target: KvFormat) -> Bytes:
+        """Rows of the target's length and type: [pieces × 2 × heads, bytes of a row]."""
+        own = self.format
+        pool = self.memory.reshape(own.num_layers, self.num_blocks, 2, own.heads_per_rank, own.row_bytes)[layer]
+        elements = own.block_size * own.token_bytes
+        columns = [self._tokens(pool[..., :elements], own.token_bytes, part, route, target)]
+        if own.quantised:
+            columns.append(self._tokens(pool[..., elements:], SCALE_BYTES, part, route, target))
+        rows = np.concatenate(columns, axis=1)
+        if own.dtype == target.dtype:
+            return rows
+        return self._convert(rows, own.dtype, target.dtype, target.block_size, own.head_dim)
+
+    def _tokens(self, rows: NDArray[Any], width: int, part: Cut, route: Route, target: KvFormat) -> Bytes:
+        """What each token of the target's blocks has in `rows`, `width` bytes: [pieces × 2 × heads, tokens × width]."""
+        block, slot = tokens_of(part, self.format.block_size, target.block_size)
+        heads = slice(route.source_head, route.source_head + route.heads)
+        split = rows.reshape(*rows.shape[:3], self.format.block_size, width)
+        tokens = split[block, :, heads, slot]  # [tokens, 2, heads, width]
+        shaped = tokens.reshape(part.count, target.block_size, 2, route.heads, width).transpose(0, 2, 3, 1, 4)
+        return shaped.reshape(part.count * 2 * route.heads, target.block_size * width)

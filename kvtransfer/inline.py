@@ -1,0 +1,82 @@
+"""Bytes that follow their frame: how `tcp` and `grpc` carry pieces. Packed and unpacked through a staging buffer at
+each end, so that no lock is held while somebody else is waited for."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..common import sockets
+from ..common.errors import HandoverFailed
+from ..common.kv_format import KvFormat
+from .layout import Cut, Route, piece_bytes
+from .transport import Store
+from .wire import Checksums, FrameHeader
+
+MAX_FRAME = 64 << 20
+"""Bytes of one frame that a target takes at most."""
+
+
+class Link(Protocol):
+    """A lane's connection, seen from its source: `link.SocketLink` or `grpc_link.GrpcLink`."""
+
+    def send(self, header: FrameHeader, payload: memoryview | None = None) -> None: ...
+
+    def credits(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class InlineGiver:
+    """See `transport.Giver`. Packs pieces as `target` keeps them."""
+
+    def __init__(self, link: Link, store: Store, route: Route, target: KvFormat) -> None:
+        self._link = link
+        self._store = store
+        self._route = route
+        self._target = target
+        self._piece = piece_bytes(target, route)
+        self._staging = bytearray()
+
+    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
+        size = part.count * self._piece
+        if len(self._staging) < size:
+            self._staging = bytearray(size)
+        sums = self._store.pack(layer, part, self._route, self._target, memoryview(self._staging)[:size])
+        return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes())
+
+    def give(self, header: FrameHeader) -> None:
+        self._link.send(header, memoryview(self._staging)[: header.size])
+
+    def withdraw(self, handover_id: int) -> None:
+        """What was packed may leave: the target takes it no more."""
+
+    def credits(self) -> int:
+        return self._link.credits()
+
+    def close(self) -> None:
+        self._link.close()
+
+
+class InlineTaker:
+    """See `transport.Taker`. The bytes come out of the lane's own socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._staging = bytearray()
+        self._data = memoryview(b"")
+
+    def fetch(self, header: FrameHeader) -> None:
+        if header.size > MAX_FRAME:
+            raise HandoverFailed(f"a frame of {header.size} bytes")
+        if len(self._staging) < header.size:
+            self._staging = bytearray(header.size)
+        self._data = memoryview(self._staging)[: header.size]
+        sockets.receive_exactly(self._connection, self._data)
+
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
+        return store.unpack(header.layer, blocks, route, self._data)
+
+    def close(self) -> None:
+        """The lane closes its socket."""

@@ -1,0 +1,232 @@
+"""The source's side of all transports: what is offered goes to lanes, one for each rank of each target.
+
+The engine loop only puts things into queues; a lane's thread cuts, reads and sends. At most `window_frames` of a lane
+are under way without their credit, which bounds memory on both sides and shares a target fairly among its sources.
+Control messages have a way of their own, so that a cancel overtakes the bulk.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..common.clock import Clock
+from ..common.config import HandoverConfig
+from ..common.errors import BatonError, TransportFailed
+from ..common.messages import Endpoint, TransportBroken
+from ..common.types import WorkerRef
+from .layout import Cut, Route, piece_bytes, routes, split
+from .trace import TransferTrace
+from .transport import Giver, Offer, Store
+
+log = logging.getLogger(__name__)
+
+MakeGiver = Callable[[str, Endpoint, Route], Giver]
+"""(transport, target, route) → a giver to that rank of it, connected. Called on the lane's thread. Raises
+`TransportFailed` or `WorkerLost`."""
+
+
+@dataclass(eq=False, slots=True)
+class _Transfer:
+    """A handover on its way. Whoever holds `lock` and finds it open may read its blocks."""
+
+    id: int
+    attempt: int
+    lanes: list[_Lane]
+    open: bool = True
+    across: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class LaneOutlet:
+    """Implements `transport.Outlet` for one rank. `broken` is told, on any thread, when bytes stop flowing."""
+
+    def __init__(
+        self, store: Store, config: HandoverConfig, clock: Clock, make_giver: MakeGiver,
+        broken: Callable[[TransportBroken], None],
+    ) -> None:  # fmt: skip
+        self.trace = TransferTrace(clock)
+        self._store = store
+        self._config = config
+        self._make_giver = make_giver
+        self._broken = broken
+        self._transfers: dict[int, _Transfer] = {}
+        self._lanes: dict[tuple[WorkerRef, int, str], _Lane] = {}
+        self._staged: list[Offer] = []
+
+    # --- called by the engine loop ---
+
+    def open(self, handover_id: int, attempt: int, target: Endpoint, transport: str) -> None:
+        mine = [r for r in routes(self._store.format, target.format) if r.source_rank == self._store.rank]
+        lanes = [self._lane(target, route, transport) for route in mine]
+        self._transfers[handover_id] = _Transfer(handover_id, attempt, lanes)
+
+    def stage(self, offers: Sequence[Offer]) -> None:
+        self._staged = list(offers)
+
+    def layer(self, layer: int) -> None:
+        for offer in self._staged:
+            self._put(offer, layer)
+
+    def offer(self, offer: Offer) -> None:
+        for layer in range(self._store.format.num_layers):
+            self._put(offer, layer)
+
+    def close(self, handover_id: int) -> None:
+        transfer = self._transfers.pop(handover_id, None)
+        if transfer is not None:
+            with transfer.lock:
+                transfer.open = False
+            for lane in transfer.lanes:
+                lane.withdraw(handover_id)
+
+    def progress(self, handover_id: int) -> int:
+        return self._transfers[handover_id].across
+
+    def _put(self, offer: Offer, layer: int) -> None:
+        transfer = self._transfers.get(offer.handover_id)
+        if transfer is None:  # it was closed while its step was planned
+            return
+        self.trace.computed(offer.handover_id, layer)
+        for lane in transfer.lanes:
+            lane.put(transfer, offer, layer)
+
+    def _lane(self, target: Endpoint, route: Route, transport: str) -> _Lane:
+        key = (target.ref, route.target_rank, transport)
+        lane = self._lanes.get(key)
+        if lane is None or lane.dead:
+            lane = self._lanes[key] = _Lane(
+                self._store, self._config, target, route, transport, self.trace, self._make_giver, self._broken
+            )
+            for old in [k for k, other in self._lanes.items() if other.dead]:
+                del self._lanes[old]
+        return lane
+
+    def stop(self) -> None:
+        """End all lanes."""
+        for lane in self._lanes.values():
+            lane.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """One frame to be made."""
+
+    transfer: _Transfer
+    layer: int
+    first: int
+    cut: Cut
+
+
+class _Lane:
+    """A queue of frames to one rank of one target, and the two threads that empty it: one sends, one counts credits.
+    The queue's length is bounded by the handovers that the target has granted."""
+
+    def __init__(
+        self, store: Store, config: HandoverConfig, target: Endpoint, route: Route, transport: str,
+        trace: TransferTrace, make_giver: MakeGiver, broken: Callable[[TransportBroken], None],
+    ) -> None:  # fmt: skip
+        self.dead = False
+        self._store = store
+        self._target = target
+        self._route = route
+        self._transport = transport
+        self._patience = config.lease_s
+        self._trace = trace
+        self._make_giver = make_giver
+        self._broken = broken
+        self._piece = piece_bytes(target.format, route)
+        self._run_of = max(1, config.frame_bytes // self._piece)
+        self._queue: deque[_Frame] = deque()
+        self._under_way: deque[tuple[_Transfer, int]] = deque()
+        self._window = config.window_frames
+        self._change = threading.Condition()
+        self._giver: Giver | None = None
+        self._stopped = False
+        threading.Thread(target=self._run, name=f"lane to {target.ref.name}", daemon=True).start()
+
+    # --- called by the engine loop ---
+
+    def put(self, transfer: _Transfer, offer: Offer, layer: int) -> None:
+        sizes = (self._store.format.block_size, self._target.format.block_size)
+        frames = [_Frame(transfer, layer, offer.first + i, part) for i, part in split(offer.cut, *sizes, self._run_of)]
+        with self._change:
+            self._queue.extend(frames)
+            self._change.notify_all()
+
+    def withdraw(self, handover_id: int) -> None:
+        giver = self._giver
+        if giver is not None:
+            giver.withdraw(handover_id)
+
+    def stop(self) -> None:
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
+        if self._giver is not None:
+            self._giver.close()
+
+    # --- the sending thread ---
+
+    def _run(self) -> None:
+        try:
+            giver = self._giver = self._make_giver(self._transport, self._target, self._route)
+            threading.Thread(target=self._count, args=(giver,), name="credits", daemon=True).start()
+            while (frame := self._next()) is not None:
+                self._send(giver, frame)
+        except BatonError as error:
+            self._end(error)
+        finally:
+            if self._giver is not None:
+                self._giver.close()
+
+    def _next(self) -> _Frame | None:
+        """The next frame, once there is one and the window has room for it. None: stop."""
+        with self._change:
+            self._change.wait_for(lambda: self._queue or self._stopped or self.dead)
+            if not self._change.wait_for(
+                lambda: len(self._under_way) < self._window or self._stopped or self.dead, self._patience
+            ):
+                raise TransportFailed(f"{self._window} frames are under way and no answer comes")
+            return None if self._stopped or self.dead else self._queue.popleft()
+
+    def _send(self, giver: Giver, frame: _Frame) -> None:
+        transfer = frame.transfer
+        with transfer.lock:
+            if not transfer.open:
+                return
+            header = giver.prepare(transfer.id, transfer.attempt, frame.layer, frame.first, frame.cut)
+        self._trace.left(transfer.id, frame.layer)
+        with self._change:
+            self._under_way.append((transfer, header.size))
+        giver.give(header)
+
+    # --- the counting thread ---
+
+    def _count(self, giver: Giver) -> None:
+        try:
+            while True:
+                self._credit(giver.credits())
+        except BatonError as error:
+            self._end(error)
+
+    def _credit(self, count: int) -> None:
+        with self._change:
+            if count > len(self._under_way):
+                raise TransportFailed("more answers than frames")
+            for _ in range(count):
+                transfer, size = self._under_way.popleft()
+                transfer.across += size
+            self._change.notify_all()
+
+    def _end(self, error: BatonError) -> None:
+        """The lane is of no more use: say so, once."""
+        with self._change:
+            told = self.dead or self._stopped
+            self.dead = True
+            self._change.notify_all()
+        if not told:
+            self._broken(TransportBroken(self._target.ref, self._transport, error.message))

@@ -1,0 +1,101 @@
+"""One rank's data plane: its store, its inlet and outlet, and the transports between them and other ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..common.clock import Clock
+from ..common.config import HandoverConfig
+from ..common.errors import TransportFailed
+from ..common.messages import Endpoint, Filled, Spoiled, TransportBroken
+from ..common.sockets import Listener
+from ..common.types import WorkerRef
+from ..protos.rpc import Stream
+from . import grpc_link
+from .grpc_link import GrpcLink
+from .inlet import RankInlet
+from .inline import InlineGiver, InlineTaker
+from .layout import Route
+from .link import Greeting, LaneServer, SocketLink
+from .outlet import LaneOutlet
+from .shm import PeerMemory, SharedMemory, ShmGiver, ShmTaker
+from .transport import Giver, Store, Taker
+
+Event = Filled | Spoiled | TransportBroken
+
+
+class Plane:
+    """What moves KV in and out of one rank of worker `ref`. `post` gets what the engine loop has to know, from any
+    thread. `shared`: the pool's memory, where peers can see it. `grpc`: where gRPC lanes reach this rank, if anywhere.
+    `loop`: the process's event loop, which gRPC runs on."""
+
+    def __init__(
+        self, ref: WorkerRef, store: Store, config: HandoverConfig, token: str, host: str, clock: Clock,
+        loop: asyncio.AbstractEventLoop, post: Callable[[Event], None], shared: SharedMemory | None, grpc: str,
+    ) -> None:  # fmt: skip
+        self.store = store
+        self.inlet = RankInlet(store, clock, post)
+        self.outlet = LaneOutlet(store, config, clock, self._giver, post)
+        self._ref = ref
+        self._config = config
+        self._token = token
+        self._loop = loop
+        self._shared = shared
+        takers = {"tcp": lambda _, connection: InlineTaker(connection), "shm": _shm_taker}
+        self._server = LaneServer(ref, store.rank, self.inlet, takers, config.lease_s)
+        self._listener = Listener(host, 0, token, self._server.serve, "lane")
+        self.door: Mapping[str, str] = self._addresses(grpc)
+
+    async def serve_grpc(self, stream: Stream[bytes, bytes]) -> None:
+        """The target's end of a lane over gRPC."""
+        await grpc_link.serve(stream, self._server, self._config.lease_s)
+
+    def stop(self) -> None:
+        """Hang up on everybody."""
+        self.outlet.stop()
+        self._listener.close()
+
+    def _addresses(self, grpc: str) -> dict[str, str]:
+        addresses = {"tcp": self._listener.address}
+        if self._shared is not None:
+            addresses["shm"] = self._shared.address(self.store.num_blocks)
+        if grpc:
+            addresses["grpc"] = grpc
+        return addresses
+
+    def _giver(self, transport: str, target: Endpoint, route: Route) -> Giver:
+        """See `outlet.MakeGiver`."""
+        door = target.doors[route.target_rank]
+        greeting = Greeting(
+            self._ref.name, self._ref.epoch, self.store.rank, target.ref.epoch, route.target_rank, transport,
+            self.door[transport], self.store.format,
+        )  # fmt: skip
+        patience = self._config.lease_s
+        if transport == "grpc":
+            link = GrpcLink(door["grpc"], self._token, greeting, patience, self._loop)
+            return InlineGiver(link, self.store, route, target.format)
+        lane = SocketLink(door["tcp"], self._token, greeting, patience)
+        if transport == "shm" and self._shared is not None:
+            return ShmGiver(lane, self.store, self._shared, route)
+        if transport == "tcp":
+            return InlineGiver(lane, self.store, route, target.format)
+        lane.close()
+        raise TransportFailed(f"there is no {transport} here")
+
+
+def _shm_taker(greeting: Greeting, _: socket.socket) -> Taker:
+    return ShmTaker(PeerMemory(greeting.door, greeting.format), greeting.format)
+
+
+def this_host() -> str:
+    """Names the machine, its boot, and the namespace of processes that we see: who has the same one can find each
+    other's memory."""
+    if sys.platform != "linux":
+        return f"{socket.gethostname()}/{os.getpid()}"  # nobody to share with
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.getuid()}"
