@@ -30,6 +30,9 @@ class EngineConfig:
     device: str = "auto"
     block_size: int = 16
     kv_memory: int = 1 << 30
+    """Bytes of the KV pool, of each rank."""
+    tp: int = 1
+    """Ranks that share the model by tensor parallelism, each a process: query heads and inner size must divide."""
     max_model_len: int = 0
     """0: what the model's config.json says, bounded by what the KV pool holds."""
     max_batch_tokens: int = 512
@@ -37,7 +40,7 @@ class EngineConfig:
     max_running: int = 256
     """Sequences that decode together at most."""
     threads: int = 0
-    """CPU threads of this worker; 0: all cores."""
+    """CPU threads of this worker, all ranks together; 0: all cores."""
     dummy_weights: bool = False
 
 
@@ -120,6 +123,15 @@ class GatewayConfig:
     max_stream_backlog: int = 4096
     """Tokens that a client may leave unread before its request is aborted."""
     drain_s: float = 30.0
+
+
+def split_threads(total: int, users: int) -> list[int]:
+    """Shares of `total` threads, even up to one, each at least 1.
+
+    Two processes that both use all cores slow each other down by an order of magnitude: their threads wait for each
+    other in spin loops.
+    """
+    return [max(1, total // users + (index < total % users)) for index in range(users)]
 
 
 def to_json(config: object) -> bytes:

@@ -106,6 +106,12 @@ class EngineFailure(BatonError):
     code, http_status, retryable = "engine_failure", 500, True
 
 
+class EngineBroken(EngineFailure):
+    """The engine can compute no more, as when one of its ranks is lost: its process must end and be started again."""
+
+    code, http_status, retryable = "engine_broken", 500, True
+
+
 def _tree(cls: type[BatonError]) -> dict[str, type[BatonError]]:
     found = {cls.code: cls}
     for child in cls.__subclasses__():

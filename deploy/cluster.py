@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from ..common.config import GatewayConfig, WorkerConfig
+from ..common.config import GatewayConfig, WorkerConfig, split_threads
 from ..common.types import Role
 from .settings import ServeConfig
 
@@ -48,12 +48,3 @@ def gateway_config(config: ServeConfig, model: Path, model_name: str) -> Gateway
 def usable_cores() -> int:
     """Cores that this process may run on, which a container or `taskset` can make fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def split_threads(total: int, workers: int) -> list[int]:
-    """Shares of `total` threads, even up to one, each at least 1.
-
-    Two workers that both use all cores slow each other down by an order of magnitude: their threads wait for each
-    other in spin loops.
-    """
-    return [max(1, total // workers + (index < total % workers)) for index in range(workers)]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ..common.clock import Clock
-from ..common.errors import BatonError, EngineFailure
+from ..common.errors import EngineBroken, EngineFailure
 from ..common.messages import CheckReport, KvEvents, Load, Resync
 from .block_manager import BlockLeak
 from .mailbox import FromRouter, Inbox, Inspect, Mail, RouterGone, RouterJoined
@@ -49,7 +49,8 @@ class EngineLoop:
         """For heartbeats, on any thread: a round that only frees something changes the load and has nothing to say."""
 
     def run(self, stop: threading.Event) -> None:
-        """Go round until `stop` is set. Raises `EngineFailure` after `MAX_FAILURES` failed steps in a row."""
+        """Go round until `stop` is set. Raises `EngineFailure` after `MAX_FAILURES` failed steps in a row, or after one
+        that breaks the engine."""
         while not stop.is_set():
             if not self.step():
                 self.inbox.wait(IDLE_WAIT_S)
@@ -104,11 +105,14 @@ class EngineLoop:
         for role in self.roles:
             role.on_layer(layer)
 
-    def _fail(self, plan: StepPlan, owners: list[Role], error: BatonError) -> None:
+    def _fail(self, plan: StepPlan, owners: list[Role], error: EngineFailure) -> None:
         self._failures += 1
         log.error("step failed (%d in a row): %s", self._failures, error)
         for part, owner in zip(plan.slices, owners, strict=True):
             owner.failed(part, error)
+        if isinstance(error, EngineBroken):
+            self._tell()
+            raise error
         if self._failures >= MAX_FAILURES:
             self._tell()
             raise EngineFailure(f"{MAX_FAILURES} steps failed in a row; the last: {error}")

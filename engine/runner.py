@@ -1,106 +1,67 @@
-"""The runner: executes a plan on the model. One flat batch a step, built with a handful of array operations."""
+"""The runner: executes a plan on the model, on all ranks. One flat batch a step."""
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import logging
-import os
-import platform
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from ..common.config import EngineConfig
-from ..common.errors import EngineFailure, InvalidRequest
+from ..common.errors import EngineBroken, EngineFailure, InvalidRequest
 from ..common.fingerprint import fingerprint
 from ..common.kv_format import KvFormat
 from ..common.types import Request, SamplingParams
-from ..kernels.converted import ConvertedKvOps
-from ..kernels.ops import Rows
-from ..kernels.quantised import TYPES
-from ..kernels.select import select_ops
-from .kv_pool import Allocator, KvPool, device_allocator, type_name
-from .model import Model
+from .batch import Batch
+from .follower import HERE, READY, Followers
+from .group import RankGroup
+from .kv_pool import KvPool, device_allocator
 from .model_config import ModelConfig
 from .plan import OnLayer, Sampled, Slice, StepPlan
-from .rope import rope_table
+from .rank import MakeAllocator, Rank, load_rank, resolve
 from .sampler import Sampler
 from .sequence import Sequence
 from .shard import shard
-from .weights import Progress, dummy_weights, load_weights, weights_digest
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+from .weights import Progress, weights_digest
 
 log = logging.getLogger(__name__)
 
+RUN = "run"
+"""The command that carries one step's `Batch` to the other ranks."""
+
 
 class TorchRunner:
-    """Implements `plan.Runner` on a model and a pool. Not thread-safe: it belongs to the engine loop."""
+    """Implements `plan.Runner` on rank 0, which plans and samples for all. Not thread-safe: it belongs to the engine
+    loop."""
 
-    def __init__(
-        self, model: Model, pool: KvPool, eos_ids: frozenset[int], device: torch.device, operations: str
-    ) -> None:
-        """`operations`: name of the implementation underneath, for logs and tests."""
-        self.operations = operations
-        self._model = model
-        self._pool = pool
-        self._sampler = Sampler(eos_ids)
-        self._device = device
+    def __init__(self, rank: Rank, followers: Followers | None = None) -> None:
+        self.operations = rank.operations
+        self._rank = rank
+        self._followers = followers
+        self._sampler = Sampler(rank.model_config.eos_ids)
 
     def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
-        """See `plan.Runner.run`. Raises `EngineFailure` where torch fails (out of memory, a broken device)."""
+        """See `plan.Runner.run`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
+        `EngineBroken` where there are other ranks: after a failure they no longer stand at the same place."""
         order = sorted(range(len(plan.slices)), key=lambda i: plan.slices[i].count != 1)  # single rows first
         slices = [plan.slices[i] for i in order]
         sampling = [i for i, part in enumerate(slices) if part.samples]
         results: list[Sampled | None] = [None] * len(slices)
+        batch = Batch.of(slices, self._rank.pool.format.block_size)
+        if self._followers is not None:
+            self._followers.send(RUN, *batch.pack())
         try:
             with torch.inference_mode():
-                tokens, rows = self._batch(slices)
-                wanted = self._move(np.asarray([rows.row_starts[i + 1] - 1 for i in sampling], dtype=np.int64))
-                logits = self._model.forward(tokens, rows, self._pool.kv, wanted, on_layer)
+                logits = self._rank.forward(batch, on_layer)
                 sampled = self._sampler.sample(logits, [slices[i].sequence for i in sampling])
         except (RuntimeError, IndexError) as error:
-            raise EngineFailure(f"step of {plan.tokens} tokens failed: {error}") from error
+            kind = EngineFailure if self._followers is None else EngineBroken
+            raise kind(f"step of {plan.tokens} tokens failed: {error}") from error
         for i, token in zip(sampling, sampled, strict=True):
             results[order[i]] = token
         return results
-
-    def _batch(self, slices: Listing[Slice]) -> tuple[torch.Tensor, Rows]:
-        """Tokens [T] of all slices and where they belong."""
-        block_size = self._pool.format.block_size
-        counts = np.asarray([part.count for part in slices])
-        ends = np.asarray([part.end for part in slices])
-        starts = np.zeros(len(slices) + 1, dtype=np.int32)
-        np.cumsum(counts, out=starts[1:])
-        owner = np.repeat(np.arange(len(slices)), counts)
-        positions = np.arange(starts[-1]) - starts[owner] + (ends - counts)[owner]
-        held = [-(-part.end // block_size) for part in slices]
-        tables = np.zeros((len(slices), max(held)), dtype=np.int32)
-        for row, (part, blocks) in enumerate(zip(slices, held, strict=True)):
-            tables[row, :blocks] = part.sequence.blocks[:blocks]
-        slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        tokens = itertools.chain.from_iterable(part.sequence.tokens[part.start : part.end] for part in slices)
-        rows = Rows(
-            positions=self._move(positions),
-            slots=self._move(slots),
-            starts=self._move(starts),
-            lengths=self._move(ends.astype(np.int32)),
-            tables=self._move(tables),
-            singles=int((counts == 1).sum()),
-            row_starts=tuple(starts.tolist()),
-            row_lengths=tuple(ends.tolist()),
-        )
-        return self._move(np.fromiter(tokens, dtype=np.int64, count=int(starts[-1]))), rows
-
-    def _move(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,71 +80,56 @@ class Engine:
 
 
 def build_engine(
-    config: EngineConfig, progress: Progress, allocator: Callable[[torch.device], Allocator] = device_allocator
+    config: EngineConfig,
+    progress: Progress,
+    allocator: MakeAllocator = device_allocator,
+    followers: Followers | None = None,
 ) -> Engine:
     """Load the model, make the pool and run one step of each kind, so that the first request finds all warm.
 
-    Sets the process's number of torch threads. Raises `InvalidRequest` where the model or the memory does not fit.
+    With `config.tp` above 1 this is rank 0, and `followers` its line to the others, which load at the same time. Sets
+    the process's number of torch threads. Raises `InvalidRequest` where the model or the memory does not fit,
+    `EngineBroken` where another rank is lost.
     """
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    _keep_freed_memory()
-    device, dtype = resolve(config)
-    folder = Path(config.model)
-    model_config = ModelConfig.load(folder)
-    heads = (model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
-    ops = select_ops(device, dtype, *heads, config.block_size)
-    kv_dtype = type_name(dtype) if config.kv_dtype == "auto" else config.kv_dtype
-    format = KvFormat(model_config.num_layers, *heads[1:], config.block_size, kv_dtype)
-    if TYPES[kv_dtype] != dtype:
-        ops = ConvertedKvOps(ops, TYPES[kv_dtype])
+    if (followers is None) != (config.tp == 1):
+        raise InvalidRequest("an engine with tensor parallelism, and none other, has followers", param="tp")
     begin = time.monotonic()
-    if config.dummy_weights:
-        weights, digest = dummy_weights(shard(model_config), ops, dtype, device, progress), "dummy"
-    else:
-        weights = load_weights(folder, shard(model_config), ops, dtype, device, progress)
-        digest = weights_digest(folder)
-    num_blocks = format.blocks_in(config.kv_memory)
-    longest = min(config.max_model_len or model_config.max_position_embeddings, num_blocks * config.block_size)
-    pool = KvPool(format, 0, num_blocks, allocator(device))
-    rope = rope_table(model_config.rope, model_config.head_dim, longest, device)
-    model = Model(model_config, weights, ops, rope)
-    runner = TorchRunner(model, pool, model_config.eos_ids, device, ops.name)
-    _warm_up(runner, min(longest, num_blocks * config.block_size), config)
+    group = None if followers is None else _join(config, followers)
+    rank = load_rank(config, progress, allocator, group)
+    digest = "dummy" if config.dummy_weights else weights_digest(Path(config.model))
+    runner = TorchRunner(rank, followers)
+    if followers is not None:
+        followers.wait_for(READY)
+    num_blocks = rank.pool.num_blocks
+    _warm_up(runner, min(rank.longest, num_blocks * config.block_size), config)
     log.info(
-        "model %s: %s on %s, operations %s, %d blocks of %d tokens, ready in %.1f s",
-        *(folder.name, dtype, device.type, ops.name, num_blocks, config.block_size, time.monotonic() - begin),
+        "model %s: %s on %s, %d rank(s), operations %s, %d blocks of %d tokens, ready in %.1f s",
+        *(Path(config.model).name, rank.dtype, rank.device.type, config.tp, rank.operations),
+        *(num_blocks, config.block_size, time.monotonic() - begin),
     )
     return Engine(
         runner=runner,
-        pool=pool,
-        format=format,
-        model_config=model_config,
-        eos_ids=model_config.eos_ids,
-        fingerprint=fingerprint({"weights": digest, "dtype": str(dtype), "numerics": ops.name}),
-        vocab_size=model_config.vocab_size,
-        max_model_len=longest,
+        pool=rank.pool,
+        format=rank.pool.format,
+        model_config=rank.model_config,
+        eos_ids=rank.model_config.eos_ids,
+        # The number of ranks is no part of it: workers with different ones hand over to each other.
+        fingerprint=fingerprint({"weights": digest, "dtype": str(rank.dtype), "numerics": rank.operations}),
+        vocab_size=rank.model_config.vocab_size,
+        max_model_len=rank.longest,
         num_blocks=num_blocks,
     )
 
 
-def resolve(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and type that `auto` means here: CUDA where there is one, float32 on CPU, bfloat16 elsewhere."""
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    kinds["auto"] = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if config.dtype not in kinds:
-        raise InvalidRequest(f"dtype {config.dtype} is not one of {', '.join(kinds)}", param="dtype")
-    return device, kinds[config.dtype]
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep up to 256 MB of freed memory. By default it returns an activation of a few megabytes to the
-    system as soon as it is freed, and a prefill spends a tenth of its time on faulting such pages in again."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc accepts
-        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+def _join(config: EngineConfig, followers: Followers) -> RankGroup:
+    """Rank 0's membership, made once all others run: from then on they do not keep each other waiting."""
+    device, _ = resolve(config)
+    shard(ModelConfig.load(Path(config.model)), config.tp)  # refuses what does not divide before it waits for anybody
+    followers.wait_for(HERE)
+    try:
+        return RankGroup(followers.meeting, 0, config.tp, device, followers.timeout_s)
+    except RuntimeError as error:
+        raise EngineBroken(f"the {config.tp} ranks do not find each other: {error}") from error
 
 
 def _warm_up(runner: TorchRunner, room: int, config: EngineConfig) -> None:

@@ -23,6 +23,7 @@ from ..common.messages import WorkerStatus
 from ..protos.rpc import Peer
 from .assembly import Worker
 from .compute import Compute, build
+from .ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,11 @@ T = TypeVar("T")
 class EngineThread(threading.Thread):
     """Builds the engine, then waits for the worker that is made around it and runs its loop."""
 
-    def __init__(self, config: WorkerConfig, progress: Callable[[float], None]) -> None:
+    def __init__(self, config: WorkerConfig, progress: Callable[[float], None], ranks: Ranks | None) -> None:
         super().__init__(name="engine", daemon=True)
         self._config = config
         self._progress = progress
+        self._followers = None if ranks is None else ranks.followers
         self._stop_loop = threading.Event()
         self.engine: Future[Compute] = Future()
         self.worker: Future[Worker] = Future()
@@ -47,7 +49,7 @@ class EngineThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.engine.set_result(build(self._config, self._progress))
+            self.engine.set_result(build(self._config, self._progress, self._followers))
         except Exception as error:  # a thread's edge: the main thread raises it
             self.engine.set_exception(error)
             return
@@ -104,7 +106,8 @@ async def run(config: WorkerConfig) -> None:
     reporter = Reporter(config)
     reporting = events.create_task(reporter.run())
     reporter.set(state="loading")
-    thread = EngineThread(config, lambda share: _progress(events, reporter, share))
+    ranks = Ranks(config.name, config.engine) if config.engine.tp > 1 else None
+    thread = EngineThread(config, lambda share: _post(events, lambda: reporter.set(progress=share)), ranks)
     thread.start()
     try:
         engine = await _until(asyncio.wrap_future(thread.engine), stop)
@@ -115,20 +118,27 @@ async def run(config: WorkerConfig) -> None:
         thread.worker.set_result(worker)
         reporter.set(state="ready", address=worker.ref.address, epoch=worker.ref.epoch, progress=1.0)
         log.info("ready at %s, epoch %x, fingerprint %s", worker.ref.address, worker.ref.epoch, engine.fingerprint)
+        if ranks is not None:  # while the engine was built, its thread noticed a loss by itself
+            ranks.followers.lost.add_done_callback(lambda _: _post(events, stop.set))
         try:
             await _until(asyncio.wrap_future(thread.ended), stop)
+            if ranks is not None:
+                ranks.followers.check()
         finally:
             thread.stop()
             await worker.stop()
             await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
     finally:
+        if ranks is not None:
+            await asyncio.to_thread(ranks.close)
         reporting.cancel()
         await reporter.close()
 
 
-def _progress(events: asyncio.AbstractEventLoop, reporter: Reporter, share: float) -> None:
+def _post(events: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """From any thread, also when the loop has ended."""
     if not events.is_closed():
-        events.call_soon_threadsafe(lambda: reporter.set(progress=share))
+        events.call_soon_threadsafe(call)
 
 
 async def _until(work: asyncio.Future[T], stop: asyncio.Event) -> T | None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from baton.common.config import split_threads
 from baton.common.errors import InvalidRequest
 from baton.common.types import Role
-from baton.deploy.cluster import gateway_config, split_threads, worker_configs
+from baton.deploy.cluster import gateway_config, worker_configs
 from baton.deploy.settings import KNOWN, ServeConfig, Setting, from_yaml, parse_size, resolve
 
 

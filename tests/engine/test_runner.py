@@ -95,7 +95,7 @@ def test_a_step_that_samples_nothing(engine: Engine) -> None:
 def test_compiled_and_torch_operations_agree(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tokens,) = prompts(40)
     fast = start(checkpoint)
-    monkeypatch.setattr("baton.engine.runner.select_ops", lambda *shape: TorchOps())
+    monkeypatch.setattr("baton.engine.rank.select_ops", lambda *shape: TorchOps())
     plain = start(checkpoint)
     assert plain.runner.operations == "torch"
     assert plain.fingerprint != fast.fingerprint or fast.runner.operations == "torch"

@@ -1,0 +1,112 @@
+"""What each rank of a worker computes with: its shard of the model over its own KV pool. A worker without tensor
+parallelism has one rank, which holds everything."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..common.config import EngineConfig, split_threads
+from ..common.errors import InvalidRequest
+from ..common.kv_format import KvFormat
+from ..kernels.converted import ConvertedKvOps
+from ..kernels.quantised import TYPES
+from ..kernels.select import select_ops
+from .batch import Batch, on_device
+from .group import RankGroup
+from .kv_pool import Allocator, KvPool, device_allocator, type_name
+from .model import Model
+from .model_config import ModelConfig
+from .parallel import ParallelOps
+from .plan import OnLayer
+from .rope import rope_table
+from .shard import shard
+from .weights import Progress, dummy_weights, load_weights
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+MakeAllocator = Callable[[torch.device], Allocator]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """`operations`: name of the implementation underneath. `longest`: tokens of the longest sequence."""
+
+    model: Model
+    pool: KvPool
+    device: torch.device
+    dtype: torch.dtype
+    model_config: ModelConfig
+    operations: str
+    longest: int
+
+    def forward(self, batch: Batch, on_layer: OnLayer | None = None) -> torch.Tensor:
+        """Logits [wanted rows, vocabulary] float32, on rank 0; elsewhere they are of no use. All ranks must be given
+        the same batches in the same order. See `Model.forward`."""
+        with torch.inference_mode():
+            tokens, wanted = on_device(batch.tokens, self.device), on_device(batch.wanted, self.device)
+            return self.model.forward(tokens, batch.rows(self.device), self.pool.kv, wanted, on_layer)
+
+
+def load_rank(
+    config: EngineConfig,
+    progress: Progress,
+    make_allocator: MakeAllocator = device_allocator,
+    group: RankGroup | None = None,
+) -> Rank:
+    """Load this rank's shard and make its pool. `group`: its membership where the worker has several ranks.
+
+    Sets the process's number of torch threads. Raises `InvalidRequest` where the model or the memory does not fit, or
+    does not divide.
+    """
+    number, tp = (group.rank, group.size) if group else (0, 1)
+    torch.set_num_threads(split_threads(config.threads or os.cpu_count() or 1, tp)[number])
+    _keep_freed_memory()
+    device, dtype = resolve(config, number)
+    folder = Path(config.model)
+    whole = ModelConfig.load(folder)
+    heads = (whole.num_heads, whole.num_kv_heads, whole.head_dim)
+    ops = select_ops(device, dtype, *heads, config.block_size)
+    kv_dtype = type_name(dtype) if config.kv_dtype == "auto" else config.kv_dtype
+    format = KvFormat(whole.num_layers, *heads[1:], config.block_size, kv_dtype, tp)
+    if TYPES[kv_dtype] != dtype:
+        ops = ConvertedKvOps(ops, TYPES[kv_dtype])
+    part = shard(whole, tp, number)
+    if config.dummy_weights:
+        weights = dummy_weights(part, ops, dtype, device, progress)
+    else:
+        weights = load_weights(folder, part, ops, dtype, device, progress)
+    if group is not None:
+        ops = ParallelOps(ops, group, part, weights)
+    num_blocks = format.blocks_in(config.kv_memory)
+    longest = min(config.max_model_len or whole.max_position_embeddings, num_blocks * config.block_size)
+    pool = KvPool(format, number, num_blocks, make_allocator(device))
+    rope = rope_table(whole.rope, whole.head_dim, longest, device)
+    return Rank(Model(part.config, weights, ops, rope), pool, device, dtype, whole, ops.name, longest)
+
+
+def resolve(config: EngineConfig, rank: int = 0) -> tuple[torch.device, torch.dtype]:
+    """The device and type that `auto` means here: CUDA where there is one, float32 on CPU, bfloat16 elsewhere. Each
+    rank has a CUDA device of its own."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name, rank) if name == "cuda" and config.tp > 1 else torch.device(name)
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    kinds["auto"] = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if config.dtype not in kinds:
+        raise InvalidRequest(f"dtype {config.dtype} is not one of {', '.join(kinds)}", param="dtype")
+    return device, kinds[config.dtype]
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 256 MB of freed memory. By default it returns an activation of a few megabytes to the
+    system as soon as it is freed, and a prefill spends a tenth of its time on faulting such pages in again."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc accepts
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)

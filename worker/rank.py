@@ -1,0 +1,65 @@
+"""Entry of a rank that is not rank 0: `python -m baton.worker.rank`, started by its worker (`ranks.py`).
+
+It loads its shard and then does what rank 0 says, one command after the other (`engine/follower.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import setproctitle
+
+from ..common import log
+from ..common.child import EXIT_FAILED, die_with, read_line
+from ..common.config import from_json
+from ..common.errors import BatonError
+from ..engine.batch import Batch
+from ..engine.follower import PROGRESS, READY, Follower
+from ..engine.group import RankGroup
+from ..engine.rank import Rank, load_rank, resolve
+from ..engine.runner import RUN
+from .ranks import RankConfig
+
+logger = logging.getLogger("baton")
+
+
+def main() -> int:
+    """Read the configuration, be that rank, and return the process's exit code."""
+    config = from_json(read_line(), RankConfig)
+    name = f"{config.worker}/{config.rank}"
+    setproctitle.setproctitle(f"baton {name}")
+    log.setup(name)
+    die_with(config.parent)
+    try:
+        follow(config)
+    except BatonError as error:
+        logger.error("%s", error.message)
+    except Exception:  # the edge of the process: whatever ended it belongs into its log
+        logger.exception("ended by an unexpected error")
+    return EXIT_FAILED
+
+
+def follow(config: RankConfig) -> None:
+    """Be this rank until rank 0 hangs up, which raises `WorkerLost`."""
+    follower = Follower(config.address, config.token, config.rank, config.timeout_s)
+    device, _ = resolve(config.engine, config.rank)
+    group = RankGroup(config.meeting, config.rank, config.engine.tp, device, config.timeout_s)
+    rank = load_rank(config.engine, lambda share: follower.report(PROGRESS, share), group=group)
+    follower.report(READY)
+    follower.follow({RUN: runs(rank, lambda layer: None)})
+
+
+def runs(rank: Rank, on_layer: Callable[[int], None]) -> Callable[..., None]:
+    """The handler of a step. `on_layer` is called as `plan.OnLayer` says, with this rank's pool."""
+
+    def run(*batch: Any) -> None:
+        rank.forward(Batch.unpack(*batch), on_layer)
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
