@@ -57,8 +57,11 @@ class TorchRunner:
                 logits = self._rank.forward(batch, on_layer)
                 sampled = self._sampler.sample(logits, [slices[i].sequence for i in sampling])
         except (RuntimeError, IndexError) as error:
-            kind = EngineFailure if self._followers is None else EngineBroken
-            raise kind(f"step of {plan.tokens} tokens failed: {error}") from error
+            why = f"step of {plan.tokens} tokens failed: {error}"
+            if self._followers is None:
+                raise EngineFailure(why) from error
+            self._followers.lose(why)
+            raise EngineBroken(why) from error
         for i, token in zip(sampling, sampled, strict=True):
             results[order[i]] = token
         return results

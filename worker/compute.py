@@ -8,6 +8,7 @@ import torch
 
 from ..common.config import WorkerConfig
 from ..common.errors import InvalidRequest
+from ..engine.follower import Followers
 from ..engine.kv_pool import Allocator, device_allocator
 from ..engine.plan import Runner
 from ..engine.runner import Engine, build_engine
@@ -51,7 +52,7 @@ class Compute:
         return self.engine.num_blocks
 
 
-def build(config: WorkerConfig, progress: Progress) -> Compute:
+def build(config: WorkerConfig, progress: Progress, followers: Followers | None = None) -> Compute:
     """Raises as `build_engine` does."""
     pools: list[SharedMemory] = []
 
@@ -65,7 +66,7 @@ def build(config: WorkerConfig, progress: Progress) -> Compute:
 
         return shared
 
-    engine = build_engine(config.engine, progress, allocator)
+    engine = build_engine(config.engine, progress, allocator, followers)
     pool = engine.pool
     if pool.memory is None:
         raise InvalidRequest("KV pools on an accelerator cannot be handed over yet", param="device")

@@ -1,0 +1,80 @@
+"""Ranks as processes: they compute together, a lost one breaks the engine soon and for good, and none is left over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from baton.common.config import EngineConfig
+from baton.common.errors import EngineBroken
+from baton.engine.plan import Slice, StepPlan
+from baton.engine.runner import Engine, build_engine
+from baton.worker.ranks import Ranks
+
+from ..engine.test_model import advance, prompts, sequence, start
+from ..tiny import make_checkpoint
+
+TIMEOUT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), "qwen2", num_attention_heads=4, num_key_value_heads=1)
+
+
+@contextmanager
+def running(checkpoint: Path, tp: int) -> Iterator[tuple[Ranks, Engine]]:
+    """An engine over `tp - 1` child processes, of which nothing is left afterwards."""
+    config = EngineConfig(model=str(checkpoint), tp=tp, device="cpu", threads=tp, kv_memory=4 << 20)
+    ranks = Ranks("worker", config, TIMEOUT_S)
+    processes = [psutil.Process(pid) for pid in ranks.pids]
+    with closing(ranks):
+        yield ranks, build_engine(config, lambda share: None, followers=ranks.followers)
+    assert not any(process.is_running() for process in processes)
+    assert not os.path.exists(os.path.dirname(ranks.followers.meeting))
+
+
+def tokens_of(engine: Engine) -> list[list[int]]:
+    """A prompt in two chunks beside one at once, and then a few tokens of both."""
+    running = [sequence(tokens, 1 + 20 * i) for i, tokens in enumerate(prompts(40, 9))]
+    advance(engine, [(running[0], 25)])
+    advance(engine, [(running[0], 15), (running[1], 9)])
+    for _ in range(20):
+        advance(engine, [(each, 1) for each in running])
+    return [each.tokens for each in running]
+
+
+def test_four_processes_compute_what_one_does(checkpoint: Path) -> None:
+    with running(checkpoint, 4) as (ranks, engine):
+        assert len(ranks.pids) == 3
+        assert tokens_of(engine) == tokens_of(start(checkpoint))
+
+
+@pytest.mark.parametrize(("number", "within_s"), [(signal.SIGKILL, 1.0), (signal.SIGSTOP, TIMEOUT_S + 1.0)])
+def test_a_lost_rank_breaks_the_engine_for_good(checkpoint: Path, number: signal.Signals, within_s: float) -> None:
+    step = StepPlan(9, [Slice(sequence(prompts(9)[0], 1), 0, 9)])
+    with running(checkpoint, 2) as (ranks, engine):
+        engine.runner.run(step)
+        os.kill(ranks.pids[0], number)
+        for deadline in (within_s, 0.5):
+            begin = time.monotonic()
+            with pytest.raises(EngineBroken):
+                engine.runner.run(step)
+            assert time.monotonic() - begin < deadline
+        with pytest.raises(EngineBroken):
+            ranks.followers.send("anything")
+
+
+def test_a_rank_that_ends_before_it_is_ready_is_told_of(checkpoint: Path) -> None:
+    config = EngineConfig(model=str(checkpoint), tp=2, device="cpu", threads=2, kv_memory=4 << 20)
+    with closing(Ranks("worker", config, TIMEOUT_S)) as ranks:
+        os.kill(ranks.pids[0], signal.SIGKILL)
+        with pytest.raises(EngineBroken, match="rank 1 ended with exit code -9"):
+            build_engine(config, lambda share: None, followers=ranks.followers)
