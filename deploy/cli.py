@@ -96,13 +96,14 @@ def serve(
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients use.", show_default="from MODEL")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together at most.")] = None,
-    kv_memory: Annotated[str | None, typer.Option(help="KV pool of each worker: 512MiB, 2GiB.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="KV pool of each worker (of each rank): 512MiB, 2GiB.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default="auto")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.", show_default="auto")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of all workers.", show_default="all cores")] = None,
     max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens that one step computes at most.")] = None,
     max_running: Annotated[int | None, typer.Option(help="Sequences that decode together at most.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens of one KV block.", show_default="16")] = None,
+    tp: Annotated[int | None, typer.Option(help="Ranks that share each worker's model.", show_default="1")] = None,
     dummy_weights: Annotated[bool | None, typer.Option("--dummy-weights", help="Random weights, for timing.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder for one log file a process.")] = None,
 ) -> None:
@@ -127,6 +128,7 @@ def serve(
         "engine.max_batch_tokens": max_batch_tokens,
         "engine.max_running": max_running,
         "engine.block_size": block_size,
+        "engine.tp": tp,
         "engine.dummy_weights": dummy_weights,
         "log_dir": str(log_dir) if log_dir else None,
     }

@@ -15,6 +15,7 @@ def worker_configs(config: ServeConfig, model: Path, model_name: str) -> list[Wo
     """One for each worker, named `prefill-0`, `decode-0`, … The address of the controller and the cluster's secret
     are still empty: the controller fills them in."""
     counts = {Role.PREFILL: config.prefill, Role.DECODE: config.decode, Role.COLOCATED: config.colocated}
+    engines = {Role.PREFILL: config.prefill_engine, Role.DECODE: config.decode_engine, Role.COLOCATED: config.engine}
     members = [(role, index) for role, count in counts.items() for index in range(count)]
     threads = split_threads(config.threads or usable_cores(), len(members))
     return [
@@ -22,7 +23,7 @@ def worker_configs(config: ServeConfig, model: Path, model_name: str) -> list[Wo
             config.worker,
             name=f"{role}-{index}",
             role=role,
-            engine=replace(config.engine, model=str(model), threads=share),
+            engine=replace(engines[role], model=str(model), threads=share),
             handover=config.handover,
             model_name=model_name,
         )

@@ -40,6 +40,10 @@ class ServeConfig:
     log_dir: str = ""
     """Folder for one log file a process; empty: all logs go to standard error."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=""))
+    prefill_engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=""))
+    """As `engine`, but for what is set here: the engine of prefill workers."""
+    decode_engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=""))
+    """The same for decode workers."""
     handover: HandoverConfig = field(default_factory=HandoverConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     worker: WorkerConfig = field(
@@ -57,8 +61,12 @@ class Setting:
     origin: str
 
 
+_ENGINE = (EngineConfig, frozenset({"model", "threads"}))
+
 SECTIONS: dict[str, tuple[type, frozenset[str]]] = {
-    "engine": (EngineConfig, frozenset({"model", "threads"})),
+    "engine": _ENGINE,
+    "prefill_engine": _ENGINE,
+    "decode_engine": _ENGINE,
     "handover": (HandoverConfig, frozenset()),
     "router": (RouterConfig, frozenset()),
     "worker": (
@@ -76,6 +84,9 @@ SECTIONS: dict[str, tuple[type, frozenset[str]]] = {
     ),
 }
 """Section, its type, and the fields of it that are not a user's to set there."""
+
+OVERLAYS = {"prefill_engine": "engine", "decode_engine": "engine"}
+"""Sections whose fields are another section's where they are not set."""
 
 ZERO_ALLOWED = {
     *("prefill", "decode", "colocated", "port", "threads"),
@@ -107,6 +118,8 @@ def resolve(settings: Iterable[Setting]) -> ServeConfig:
         section, _, name = setting.path.rpartition(".")
         target = sections[section] if section else top
         target[name] = _checked(setting)
+    for section, base in OVERLAYS.items():
+        sections[section] = sections[base] | sections[section]
     if top.get("colocated"):  # asked for instead of the default pair, not beside it
         top = {"prefill": 0, "decode": 0} | top
     default = ServeConfig()
@@ -125,16 +138,22 @@ def _checked(setting: Setting) -> Any:
             _check_range(setting.path, value)
     except InvalidRequest as error:
         raise InvalidRequest(f"{setting.origin}: {error.message}", param=setting.path) from error
-    if value not in CHOICES.get(setting.path, (value,)):
-        raise InvalidRequest(f"{setting.origin}: {value!r} is not one of {', '.join(CHOICES[setting.path])}")
+    choices = CHOICES.get(_rule(setting.path), (value,))
+    if value not in choices:
+        raise InvalidRequest(f"{setting.origin}: {value!r} is not one of {', '.join(choices)}")
     return value
 
 
+def _rule(path: str) -> str:
+    """The path under which `ZERO_ALLOWED` and `CHOICES` know this one."""
+    section, dot, name = path.rpartition(".")
+    return OVERLAYS.get(section, section) + dot + name
+
+
 def _check_range(path: str, value: float) -> None:
-    if not value >= 0 or (value == 0 and path not in ZERO_ALLOWED):  # a NaN is not >= 0
-        raise InvalidRequest(
-            f"{value} is out of range: it must be {'0 or more' if path in ZERO_ALLOWED else 'above 0'}"
-        )
+    zero = _rule(path) in ZERO_ALLOWED
+    if not value >= 0 or (value == 0 and not zero):  # a NaN is not >= 0
+        raise InvalidRequest(f"{value} is out of range: it must be {'0 or more' if zero else 'above 0'}")
     if path == "port" and value > 65535:
         raise InvalidRequest(f"{value} is not a port (0 to 65535)")
 

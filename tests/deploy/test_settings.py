@@ -43,6 +43,16 @@ def test_file_and_flags_meet_and_flags_win(tmp_path: Path) -> None:
     assert (config.worker.heartbeat_s, config.gateway.drain_s) == (0.25, 0.0)
 
 
+def test_prefill_and_decode_engines_are_the_common_one_but_for_what_is_said_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "baton.yaml"
+    file.write_text("decode_engine: {tp: 3, max_model_len: 0}\nengine: {block_size: 32, max_model_len: 90}\n")
+    config = resolve([*from_yaml(file), *flags(prefill_engine__kv_dtype="int8", colocated=1, prefill=1, decode=1)])
+    prefill, decode, colocated = (each.engine for each in worker_configs(config, Path("/m"), "name"))
+    assert (prefill.tp, prefill.block_size, prefill.max_model_len, prefill.kv_dtype) == (1, 32, 90, "int8")
+    assert (decode.tp, decode.block_size, decode.max_model_len, decode.kv_dtype) == (3, 32, 0, "auto")
+    assert (colocated.tp, colocated.kv_dtype) == (1, "auto")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -59,6 +69,8 @@ def test_file_and_flags_meet_and_flags_win(tmp_path: Path) -> None:
             "engine:\n  kv_dtype: int3\n",
             ":2: engine.kv_dtype: 'int3' is not one of auto, float32, bfloat16, float16, int8",
         ),
+        ("decode_engine:\n  dtype: int3\n", ":2: decode_engine.dtype: 'int3' is not one of auto, float32"),
+        ("decode_engine:\n  tp: 0\n", ":2: decode_engine.tp: 0 is out of range: it must be above 0"),
         ("engine: fast\n", ":1: engine must hold fields"),
         ("- port\n", ":1: the file must hold fields"),
         ("port: 1\n\nport: 2\n", ":3: port: given twice"),
