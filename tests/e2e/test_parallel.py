@@ -1,0 +1,29 @@
+"""Tensor parallelism: a worker of three processes gives the reference's tokens, and is one worker when one of them
+dies. The demo model has 9 query heads and 3 KV heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cluster import connected, running
+from tests.e2e.reference import Judge
+from tests.e2e.serving import eventually, gone
+from tests.e2e.test_reference import EVERY_KIND, check
+
+FLAGS = ("--colocated", "1", "--tp", "3", "--threads", "1", "--max-batch-tokens", "64", "--kv-memory", "128MiB")
+
+
+@pytest.mark.timeout(300)
+async def test_three_ranks_serve_the_demo_model_and_start_again_when_one_is_lost(judge: Judge, tmp_path: Path) -> None:
+    with running(tmp_path, *FLAGS) as serve:
+        async with connected(serve) as cluster:
+            check(judge, EVERY_KIND, await cluster.ask_all(EVERY_KIND))
+            await cluster.quiet()
+            before = serve.children()
+            assert {"colocated-0", "colocated-0/1", "colocated-0/2"} <= before.keys()
+            before["colocated-0/2"].kill()
+            eventually(lambda: gone(before["colocated-0/1"]), "its neighbour ends with it")
+            check(judge, EVERY_KIND[:1], [await cluster.ask(EVERY_KIND[0])])
+            assert serve.children()["colocated-0"].pid != before["colocated-0"].pid
