@@ -15,7 +15,7 @@ import setproctitle
 from ..common import log
 from ..common.child import EXIT_FAILED, die_with, read_line
 from ..common.config import from_json
-from ..common.errors import BatonError
+from ..common.errors import BatonError, WorkerLost
 from ..engine.batch import Batch
 from ..engine.follower import PROGRESS, READY, Follower
 from ..engine.group import RankGroup
@@ -35,6 +35,8 @@ def main() -> int:
     die_with(config.parent)
     try:
         follow(config)
+    except WorkerLost:
+        logger.info("rank 0 is gone")
     except BatonError as error:
         logger.error("%s", error.message)
     except Exception:  # the edge of the process: whatever ended it belongs into its log

@@ -1,17 +1,20 @@
-"""What the loop measures of its steps."""
+"""What the loop measures of its steps, and what it does when they fail."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from baton.common.clock import ManualClock
 from baton.common.config import HandoverConfig
+from baton.common.errors import EngineBroken, EngineFailure
 from baton.common.hashing import BlockHasher
 from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
-from baton.engine.mailbox import Inbox, Outbox
-from baton.engine.plan import OnLayer, Sampled, StepPlan
+from baton.engine.mailbox import Inbox, Mail, Outbox
+from baton.engine.plan import OnLayer, Runner, Sampled, StepPlan
 from baton.engine.role import Context, Limits
 from baton.engine.sequence import Sequence
 from tests.toy import endpoint, request
@@ -31,23 +34,41 @@ class Timed:
         return [Sampled(1) for _ in plan.slices]
 
 
-def decode_step_s(seconds: list[float]) -> float:
-    """What the loop says of one stream's steps that took these times."""
-    clock, table = ManualClock(), BlockTable(64, BlockHasher(16))
+class Failing:
+    """A runner whose every step fails."""
+
+    def __init__(self, error: EngineFailure) -> None:
+        self._error = error
+
+    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
+        raise self._error
+
+
+def decoding(runner: Runner, clock: ManualClock, mail: list[Mail], streams: int = 1) -> EngineLoop:
+    """A loop over a decode worker's role, in whose batch are these many requests."""
+    table = BlockTable(64, BlockHasher(16))
     limits = Limits(
         eos_ids=frozenset(), max_model_len=1000, max_batch_tokens=64, max_running=8, max_waiting=8
     )  # fmt: skip
     context = Context(
         endpoint=endpoint("w"), table=table, outbox=Outbox(), limits=limits, handover=HandoverConfig(),
     )  # fmt: skip
+    context.outbox.routers.add("router")
     role = DecodeRole(context, NO_INLET)
-    sequence = Sequence(("router", 1), request("r", [1, 2, 3], 500), 1, 0.0, 1e9)
-    assert table.admit(sequence, 0, 3)
-    table.advance(sequence, 3)
-    sequence.tokens.append(4)
-    role.join(sequence)
+    for number in range(streams):
+        sequence = Sequence(("router", number), request("r", [1, 2, 3], 500), 1, 0.0, 1e9)
+        assert table.admit(sequence, 0, 3)
+        table.advance(sequence, 3)
+        sequence.tokens.append(4)
+        role.join(sequence)
+    return EngineLoop(context, [role], runner, Inbox(), clock, mail.append)
+
+
+def decode_step_s(seconds: list[float]) -> float:
+    """What the loop says of one stream's steps that took these times."""
+    clock = ManualClock()
     runner = Timed(clock, list(seconds))
-    loop = EngineLoop(context, [role], runner, Inbox(), clock, lambda mail: None)
+    loop = decoding(runner, clock, [])
     while runner.seconds:
         assert loop.step()
     return loop.load().decode_step_s
@@ -61,3 +82,18 @@ def test_a_frozen_step_is_soon_forgotten() -> None:
 
 def test_steps_that_become_slower_for_good_are_believed() -> None:
     assert decode_step_s([0.01] * 10 + [1.0] * 30) > 0.9
+
+
+def test_a_broken_engine_ends_the_loop_at_once_and_its_requests_are_told() -> None:
+    mail: list[Mail] = []
+    loop = decoding(Failing(EngineBroken("a rank is gone")), ManualClock(), mail, streams=2)
+    with pytest.raises(EngineBroken, match="a rank is gone"):
+        loop.step()
+    failed = [failure for each in mail for report in each.reports.values() for failure in report.failed]
+    assert len(failed) == 2
+
+
+def test_a_step_that_fails_is_not_the_end() -> None:
+    loop = decoding(Failing(EngineFailure("out of memory")), ManualClock(), [])
+    assert loop.step()
+    assert not loop.step()
