@@ -22,10 +22,14 @@ QUANTISED = frozenset({"int8", "float8_e4m3"})
 
 SCALE_BYTES = 4
 
+MAX_COUNT = 1 << 16
+MAX_RANKS = 1024
+"""No model comes near. Formats arrive from peers, and what is computed with them must not run away."""
+
 
 @dataclass(frozen=True, slots=True)
 class KvFormat:
-    """Raises `InvalidRequest` where ranks and heads do not divide, or the type is not known.
+    """Raises `InvalidRequest` where ranks and heads do not divide, the type is not known, or a count is out of bounds.
 
     num_kv_heads   of the model, over all ranks
     dtype          a key of `ITEM_BYTES`
@@ -42,6 +46,8 @@ class KvFormat:
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_kv_heads, self.head_dim, self.block_size, self.tp) < 1:
             raise InvalidRequest("a KV format is made of counts of 1 or more")
+        if max(self.num_layers, self.num_kv_heads, self.head_dim, self.block_size) > MAX_COUNT or self.tp > MAX_RANKS:
+            raise InvalidRequest(f"a KV format has counts of at most {MAX_COUNT}, and {MAX_RANKS} ranks")
         if self.dtype not in ITEM_BYTES:
             raise InvalidRequest(f"KV type {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}", param="kv_dtype")
         if self.num_kv_heads % self.tp and self.tp % self.num_kv_heads:

@@ -12,10 +12,7 @@ from ..common.errors import HandoverFailed
 from ..common.kv_format import KvFormat
 from .layout import Cut, Route, piece_bytes
 from .transport import Store
-from .wire import Checksums, FrameHeader
-
-MAX_FRAME = 64 << 20
-"""Bytes of one frame that a target takes at most."""
+from .wire import MAX_FRAME, Checksums, FrameHeader
 
 
 class Link(Protocol):

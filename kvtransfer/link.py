@@ -50,11 +50,13 @@ class Greeting:
     def read(cls, data: bytes) -> Greeting:
         """Raises `InvalidRequest` where that is none."""
         try:
-            name, epoch, rank, target_epoch, target_rank, transport, door, format = msgpack.unpackb(data)
-            texts, counts = (name, transport, door), (epoch, rank, target_epoch, target_rank)
+            name, epoch, rank, target_epoch, target_rank, transport, door, form = msgpack.unpackb(data)
+            layers, heads, head_dim, block_size, dtype, tp = form
+            texts = (name, transport, door, dtype)
+            counts = (epoch, rank, target_epoch, target_rank, layers, heads, head_dim, block_size, tp)
             if not all(type(t) is str for t in texts) or not all(type(c) is int and c >= 0 for c in counts):
                 raise ValueError("a field is not what it should be")
-            greeting = cls(name, epoch, rank, target_epoch, target_rank, transport, door, KvFormat(*format))
+            greeting = cls(name, epoch, rank, target_epoch, target_rank, transport, door, KvFormat(*form))
         except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
             raise InvalidRequest(f"the first message of a lane is a greeting: {error}") from error
         if greeting.rank >= greeting.format.tp:

@@ -21,6 +21,7 @@ from ..common.types import WorkerRef
 from .layout import Cut, Route, piece_bytes, routes, split
 from .trace import TransferTrace
 from .transport import Giver, Offer, Store
+from .wire import MAX_FRAME, MAX_PIECES
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class _Lane:
         self._make_giver = make_giver
         self._broken = broken
         self._piece = piece_bytes(target.format, route)
-        self._run_of = max(1, config.frame_bytes // self._piece)
+        self._run_of = min(MAX_PIECES, max(1, min(config.frame_bytes, MAX_FRAME) // self._piece))
         self._queue: deque[_Frame] = deque()
         self._under_way: deque[tuple[_Transfer, int]] = deque()
         self._window = config.window_frames
@@ -173,6 +174,8 @@ class _Lane:
 
     def _run(self) -> None:
         try:
+            if self._piece > MAX_FRAME:
+                raise TransportFailed(f"{self._piece} bytes, one block of the target, are more than a frame holds")
             giver = self._giver = self._make_giver(self._transport, self._target, self._route)
             threading.Thread(target=self._count, args=(giver,), name="credits", daemon=True).start()
             while (frame := self._next()) is not None:

@@ -20,7 +20,7 @@ from . import grpc_link
 from .grpc_link import GrpcLink
 from .inlet import RankInlet
 from .inline import InlineGiver, InlineTaker
-from .layout import Route
+from .layout import Route, as_kept, routes
 from .link import Greeting, LaneServer, SocketLink
 from .outlet import LaneOutlet
 from .shm import PeerMemory, SharedMemory, ShmGiver, ShmTaker
@@ -46,7 +46,7 @@ class Plane:
         self._token = token
         self._loop = loop
         self._shared = shared
-        takers = {"tcp": lambda _, connection: InlineTaker(connection), "shm": _shm_taker}
+        takers = {"tcp": lambda _, connection: InlineTaker(connection), "shm": self._shm_taker}
         self._server = LaneServer(ref, store.rank, self.inlet, takers, config.lease_s)
         self._listener = Listener(host, 0, token, self._server.serve, "lane")
         self.door: Mapping[str, str] = self._addresses(grpc)
@@ -71,6 +71,8 @@ class Plane:
     def _giver(self, transport: str, target: Endpoint, route: Route) -> Giver:
         """See `outlet.MakeGiver`."""
         door = target.doors[route.target_rank]
+        if transport not in self.door or transport not in door or "tcp" not in door:
+            raise TransportFailed(f"there is no {transport} between {self._ref.name} and {target.ref.name}")
         greeting = Greeting(
             self._ref.name, self._ref.epoch, self.store.rank, target.ref.epoch, route.target_rank, transport,
             self.door[transport], self.store.format,
@@ -82,14 +84,13 @@ class Plane:
         lane = SocketLink(door["tcp"], self._token, greeting, patience)
         if transport == "shm" and self._shared is not None:
             return ShmGiver(lane, self.store, self._shared, route)
-        if transport == "tcp":
-            return InlineGiver(lane, self.store, route, target.format)
-        lane.close()
-        raise TransportFailed(f"there is no {transport} here")
+        return InlineGiver(lane, self.store, route, target.format)
 
-
-def _shm_taker(greeting: Greeting, _: socket.socket) -> Taker:
-    return ShmTaker(PeerMemory(greeting.door, greeting.format), greeting.format)
+    def _shm_taker(self, greeting: Greeting, _: socket.socket) -> Taker:
+        routes(greeting.format, self.store.format)  # raises where they hold the KV of different models
+        if not as_kept(greeting.format, self.store.format):
+            raise TransportFailed("rows that are kept in another way cannot be fetched")
+        return ShmTaker(PeerMemory(greeting.door, greeting.format), greeting.format)
 
 
 def this_host() -> str:

@@ -4,10 +4,11 @@ The pool lies in a memory file of its owner's. Peers map it to read, and only to
 writers, and against shrinking, so that neither end can harm the other. It has no name that could be left behind; peers
 reach it through the owner's entry in /proc.
 
-    file    [ pool, page-aligned ][ SLOTS × u64 ]
+    file    [ pool, page-aligned ][ SLOTS × u64 ][ stamp: u64 ]
 
 A slot holds the handover for which blocks are kept as they are, and is cleared before they may change. So a copy counts
-only if, after it, the slot still names its handover: a seqlock whose writer never waits.
+only if, after it, the slot still names its handover: a seqlock whose writer never waits. The stamp is part of the
+address, so that a process that was given a dead owner's numbers is not taken for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import fcntl
 import mmap
 import os
 import re
+import secrets
 import sys
 import threading
 from collections.abc import Sequence
@@ -34,9 +36,9 @@ from .wire import Checksums, FrameHeader
 SLOTS = 4096
 """Handovers that can be open at a time, over all targets."""
 
-_SLOT_BYTES = SLOTS * 8
+_TAIL = (SLOTS + 1) * 8
 _SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1; not in Python's fcntl
-_ADDRESS = re.compile(r"(/proc/\d+/fd/\d+):(\d+)")
+_ADDRESS = re.compile(r"(/proc/[0-9]{1,10}/fd/[0-9]{1,10}):([0-9]{1,18}):([0-9a-f]{16})")
 
 
 def available() -> bool:
@@ -51,18 +53,20 @@ class SharedMemory:
     def __init__(self, size: int) -> None:
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._file = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._file, whole + _SLOT_BYTES)
-        everything = np.frombuffer(mmap.mmap(self._file, whole + _SLOT_BYTES), dtype=np.uint8)
+        os.ftruncate(self._file, whole + _TAIL)
+        everything = np.frombuffer(mmap.mmap(self._file, whole + _TAIL), dtype=np.uint8)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, seals)
         self.memory: NDArray[np.uint8] = everything[:size]
-        self._slots: NDArray[np.uint64] = everything[whole:].view(np.uint64)
+        tail = everything[whole:].view(np.uint64)
+        self._slots: NDArray[np.uint64] = tail[:SLOTS]
+        self._stamp = tail[SLOTS] = secrets.randbits(64)
         self._free = list(range(SLOTS - 1, -1, -1))
         self._lock = threading.Lock()
 
     def address(self, num_blocks: int) -> str:
         """How peers find it, and how many blocks they find."""
-        return f"/proc/{os.getpid()}/fd/{self._file}:{num_blocks}"
+        return f"/proc/{os.getpid()}/fd/{self._file}:{num_blocks}:{self._stamp:016x}"
 
     def claim(self, handover_id: int) -> int:
         """A slot that says that this handover's blocks stay as they are. Raises `TransportFailed` if none is left."""
@@ -92,20 +96,23 @@ class PeerMemory:
         size = format.num_layers * self.num_blocks * format.block_bytes
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
-            file = os.open(match[1], os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(match[1], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # should it be a pipe
             try:
                 if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                     raise TransportFailed("the peer's pool could shrink under its reader")
-                if os.fstat(file).st_size != whole + _SLOT_BYTES:
+                if os.fstat(file).st_size != whole + _TAIL:
                     raise TransportFailed("the peer's pool has another size than it says")
-                mapped = mmap.mmap(file, whole + _SLOT_BYTES, prot=mmap.PROT_READ)
+                mapped = mmap.mmap(file, whole + _TAIL, prot=mmap.PROT_READ)
             finally:
                 os.close(file)
         except OSError as error:  # another container, another user, or the peer is gone
             raise TransportFailed(f"the peer's pool cannot be seen: {error}") from error
         everything = np.frombuffer(mapped, dtype=np.uint8)
         self.memory: NDArray[np.uint8] = everything[:size]
-        self._slots: NDArray[np.uint64] = everything[whole:].view(np.uint64)
+        tail = everything[whole:].view(np.uint64)
+        self._slots: NDArray[np.uint64] = tail[:SLOTS]
+        if int(tail[SLOTS]) != int(match[3], 16):
+            raise TransportFailed("the pool that is found there is another one")
 
     def kept(self, slot: int, handover_id: int) -> bool:
         """Whether the blocks of this handover were as they should be until now."""
@@ -161,12 +168,14 @@ class ShmTaker:
         assert isinstance(store, HostStore), "shared memory is between pools in host memory"
         if len(header.blocks) != header.count:
             raise HandoverFailed("the frame does not say which blocks to fetch")
+        if max(header.blocks) >= self._peer.num_blocks:
+            raise HandoverFailed(f"the source has no block {max(header.blocks)}")
         try:
             sums = store.fetch(
                 self._peer.memory, self._format, self._peer.num_blocks, header.layer, header.blocks, blocks, route
             )
-        except IndexError as error:
-            raise HandoverFailed(f"blocks that the source does not have: {error}") from error
+        except IndexError as error:  # it told others that it keeps its KV in another way
+            raise HandoverFailed(f"heads that the source does not have: {error}") from error
         if not self._peer.kept(header.slot, header.handover_id):
             raise HandoverFailed("the source gave the blocks up while they were copied")
         return sums

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from ..common.errors import HandoverFailed
 
 MAX_HEADER = 256 << 10
-"""Bytes of a header at most: some 10,000 pieces."""
+"""Bytes of a header at most."""
+
+MAX_PIECES = 8192
+"""Pieces of one frame at most: so many fit into a header."""
+
+MAX_FRAME = 64 << 20
+"""Bytes of one frame's pieces at most."""
 
 Checksums = NDArray[np.uint64]
 
@@ -54,9 +60,11 @@ def unpack(data: bytes | memoryview) -> FrameHeader:
     try:
         fields = msgpack.unpackb(data, use_list=False)
         handover_id, attempt, layer, first, count, size, checksums, blocks, slot = fields
-        counts = (handover_id, attempt, layer, first, count, size, slot, *blocks)
-        if not all(type(n) is int and n >= 0 for n in counts) or type(checksums) is not bytes:
+        if type(blocks) is not tuple or type(checksums) is not bytes:
             raise ValueError("a field is not what it should be")
+        counts = (handover_id, attempt, layer, first, count, size, slot, *blocks)
+        if not all(type(n) is int and 0 <= n < 1 << 63 for n in counts):
+            raise ValueError("a number is not what it should be")
         header = FrameHeader(handover_id, attempt, layer, first, count, size, checksums, blocks, slot)
         if header.count == 0 or len(checksums) != 8 * header.count or len(blocks) not in (0, header.count):
             raise ValueError(f"{header.count} pieces, {len(checksums)} bytes of checksums, {len(blocks)} blocks")

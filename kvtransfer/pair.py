@@ -1,0 +1,137 @@
+"""A group of two ranks of `torch.distributed`: a source's and a target's, with no world around it.
+
+The two find each other over their lane's authenticated socket: torch's own store would tell anybody where they listen.
+A pair fails as a whole and for good: whoever waits too long, or is told that the other end hung up, makes another.
+
+gloo between CPUs, NCCL between GPUs. What NCCL does here has not been seen at work: it refuses two ranks on one GPU, and
+no machine with two was to be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import msgpack
+import torch
+import torch.distributed
+
+from ..common import sockets
+from ..common.errors import BatonError, HandoverFailed, TransportFailed, WorkerLost
+
+_c10d: Any = torch.distributed
+"""Any: torch's type stubs do not know what its single backends can do."""
+
+Done = Callable[[], None]
+"""Waits until bytes have left, or arrived. Raises `WorkerLost` where the other end is gone or takes too long."""
+
+_BYTES, _NEVER_SENT = 0, 1  # tags
+
+_MAX_MESSAGE = 4 << 10
+_MAX_KEYS = 64
+
+
+class Pair:
+    """One end. Made at both ends at a time, in threads that own the socket until then; takes `patience` seconds at
+    most, and so does each wait thereafter. `host`: the address that gloo listens at. Raises `TransportFailed` where the
+    two do not come together, `WorkerLost` where the other end hangs up meanwhile."""
+
+    def __init__(
+        self, connection: socket.socket, source: bool, device: torch.device, host: str, patience: float
+    ) -> None:
+        self._peer = 1 if source else 0
+        self._aborted = False
+        self._nccl = device.type == "cuda"
+        kind = _c10d.ProcessGroupNCCL if self._nccl else _c10d.ProcessGroupGloo
+        options = kind.Options() if self._nccl else kind._Options()
+        options._timeout = timedelta(seconds=patience)
+        if self._nccl:  # a wait blocks and raises in time, as gloo's does, and does not end the process
+            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
+        else:
+            options._devices = [kind.create_device(hostname=host)]
+            options._threads = 1
+        before = connection.gettimeout()
+        connection.settimeout(patience)
+        try:
+            self._group = kind(_Meeting(connection), 1 - self._peer, 2, options)
+            first = torch.zeros(1, dtype=torch.uint8, device=device)  # NCCL connects when it is first used
+            (self.send(first) if source else self.receive(first))()
+        except BatonError:
+            raise
+        except RuntimeError as error:
+            raise TransportFailed(f"no pair can be made: {_first_line(error)}") from error
+        finally:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                connection.settimeout(before)
+
+    def send(self, data: torch.Tensor) -> Done:
+        """Begin to send; `data` must stay as it is until that is done."""
+        return self._begin(self._group.send, data)
+
+    def receive(self, data: torch.Tensor) -> Done:
+        """Begin to receive what the other end sends next, of this size. Receipts follow the order of sends."""
+        return self._begin(self._group.recv, data)
+
+    def _begin(self, operation: Any, data: torch.Tensor) -> Done:
+        try:
+            work = operation([data], self._peer, _BYTES)
+        except RuntimeError as error:
+            raise WorkerLost(f"the pair is broken: {_first_line(error)}") from error
+        return lambda: self._finish(work)
+
+    def _finish(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise WorkerLost(f"the pair broke: {_first_line(error)}") from error
+        if self._aborted:  # NCCL lets go of those who wait, and says nothing
+            raise WorkerLost("the pair was given up")
+
+    def abort(self) -> None:
+        """Wake whoever waits here: what was under way fails. From any thread. Idempotent."""
+        self._aborted = True
+        if self._nccl:
+            self._group.abort()
+            return
+        # gloo's own abort wakes nobody. But one operation that waits in vain breaks the pair for all that wait.
+        with contextlib.suppress(RuntimeError):
+            vain = self._group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _NEVER_SENT)
+            vain.wait(timedelta(milliseconds=1))
+
+
+class _Meeting(torch.distributed.Store):
+    """What two ranks tell each other to find each other: a store of two, over a socket with a timeout."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self._connection = connection
+        self._said: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes) -> None:
+        self._said[key] = value
+        sockets.send(self._connection, msgpack.packb((key, value)))
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._said[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self._said for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+        while not self.check(keys):
+            try:
+                key, value = msgpack.unpackb(sockets.receive(self._connection, _MAX_MESSAGE))
+            except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+                raise HandoverFailed(f"not what two ranks tell each other: {error}") from error
+            if type(key) is not str or type(value) is not bytes or len(self._said) >= _MAX_KEYS:
+                raise HandoverFailed("not what two ranks tell each other")
+            self._said[key] = value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

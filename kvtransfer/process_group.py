@@ -1,0 +1,210 @@
+"""Bytes by `torch.distributed`, point to point: NCCL between GPUs, gloo between CPUs.
+
+A lane's frames and credits go over its socket as ever; what follows a header there goes by a group of the two ranks
+(`pair.py`) here, made when the first frame leaves. The target asks for bytes only when their header has come, so it is
+the target that says whose come next. Each end has frames of its own at work while others are under way:
+
+    source    packs n + 1 while n is sent
+    target    lets n + 1 and n + 2 come, once their headers are there, while n is written to its blocks
+
+The bytes cannot be had without their pair, so a watcher at each end gives the pair up when the socket ends: the
+source's is the thread that counts credits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..common import sockets
+from ..common.errors import HandoverFailed, TransportFailed, WorkerLost
+from ..common.kv_format import KvFormat
+from . import wire
+from .inline import MAX_FRAME
+from .layout import Cut, Route, piece_bytes
+from .link import Greeting, SocketLink, waiting_headers
+from .pair import Done, Pair
+from .transport import Store
+from .wire import Checksums, FrameHeader
+
+_AHEAD = 2
+"""Frames that a target lets come while it lands another."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGroups:
+    """Makes both ends of lanes. `device`: where the pool lies; `host`: the address that gloo is to listen at;
+    `patience`: seconds that either end waits for the other."""
+
+    device: torch.device
+    host: str
+    patience: float
+
+    @property
+    def door(self) -> str:
+        """What both ends must have in common."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def giver(self, link: SocketLink, store: Store, route: Route, target: KvFormat) -> GroupGiver:
+        return GroupGiver(self, link, store, route, target)
+
+    def taker(self, greeting: Greeting, connection: socket.socket) -> GroupTaker:
+        """Raises `TransportFailed` where the source has another kind of group."""
+        if greeting.door != self.door:
+            raise TransportFailed(f"{greeting.door} cannot meet {self.door}")
+        return GroupTaker(self, connection)
+
+    def pair(self, connection: socket.socket, source: bool) -> Pair:
+        return Pair(connection, source, self.device, self.host, self.patience)
+
+    def side_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Where a lane's kernels and copies run, so that the engine's do not wait for them."""
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self.device))
+
+
+class _Staging:
+    """Buffers that take turns, on the pool's device."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._device = device
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device)] * count
+        self._turn = 0
+
+    def next(self, size: int) -> torch.Tensor:
+        """`size` bytes, which stay as they are until all other buffers have had their turns."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        if self._buffers[self._turn].numel() < size:
+            self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._buffers[self._turn][:size]
+
+
+def _as_store_takes(data: torch.Tensor) -> Any:
+    """Memory of the host as a buffer; of a device, as it is."""
+    return data.numpy().data if data.device.type == "cpu" else data
+
+
+class GroupGiver:
+    """See `transport.Giver`. Packs as `inline.InlineGiver` does."""
+
+    def __init__(self, groups: ProcessGroups, link: SocketLink, store: Store, route: Route, target: KvFormat) -> None:
+        self._groups = groups
+        self._link = link
+        self._store = store
+        self._route = route
+        self._target = target
+        self._piece = piece_bytes(target, route)
+        self._stream = groups.side_stream()
+        self._staging = _Staging(groups.device, 2)
+        self._packed = self._staging.next(0)
+        self._before: Done | None = None
+        self._pair: Pair | None = None
+        self._met = threading.Event()
+        self._closed = False
+
+    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
+        size = part.count * self._piece
+        self._packed = self._staging.next(size)
+        with self._stream:
+            sums = self._store.pack(layer, part, self._route, self._target, _as_store_takes(self._packed))
+        return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes())
+
+    def give(self, header: FrameHeader) -> None:
+        """Returns when the frame before this one has left, whose buffer is then free for the next."""
+        self._link.send(header)
+        pair = self._pair or self._meet()
+        with self._stream:
+            begun = pair.send(self._packed)
+        if self._before is not None:
+            self._before()
+        self._before = begun
+
+    def _meet(self) -> Pair:
+        pair = self._pair = self._groups.pair(self._link.socket, source=True)
+        self._met.set()
+        if self._closed:  # nobody else would give it up
+            self.close()
+        return pair
+
+    def withdraw(self, handover_id: int) -> None:
+        """What was packed may leave: the target takes it no more."""
+
+    def credits(self) -> int:
+        self._met.wait()  # until then the socket is the pair's; `close` ends this
+        try:
+            return self._link.credits()
+        except WorkerLost:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._closed = True
+        self._link.close()
+        pair, self._pair = self._pair, None
+        if pair is not None:
+            pair.abort()
+        self._met.set()
+
+
+class GroupTaker:
+    """See `transport.Taker`. `connection`: the lane's socket, which is read by this thread only."""
+
+    def __init__(self, groups: ProcessGroups, connection: socket.socket) -> None:
+        self._groups = groups
+        self._connection = connection
+        self._stream = groups.side_stream()
+        self._staging = _Staging(groups.device, _AHEAD + 1)
+        self._coming: deque[tuple[torch.Tensor, Done]] = deque()
+        self._data = self._staging.next(0)
+        self._pair: Pair | None = None
+        self._watcher: threading.Thread | None = None
+
+    def fetch(self, header: FrameHeader) -> None:
+        pair = self._pair or self._meet()
+        with self._stream:
+            if not self._coming:
+                self._let_come(pair, header)
+            self._data, arrived = self._coming.popleft()
+            arrived()
+            for later in waiting_headers(self._connection, _AHEAD)[len(self._coming) :]:
+                self._let_come(pair, later)
+
+    def _let_come(self, pair: Pair, header: FrameHeader) -> None:
+        if header.size > MAX_FRAME:
+            raise HandoverFailed(f"a frame of {header.size} bytes")
+        data = self._staging.next(header.size)
+        self._coming.append((data, pair.receive(data)))
+
+    def _meet(self) -> Pair:
+        pair = self._pair = self._groups.pair(self._connection, source=False)
+        self._watcher = threading.Thread(target=_watch, args=(self._connection, pair), name="pair", daemon=True)
+        self._watcher.start()
+        return pair
+
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
+        with self._stream:
+            return store.unpack(header.layer, blocks, route, _as_store_takes(self._data))
+
+    def close(self) -> None:
+        sockets.hang_up(self._connection)
+        if self._watcher is not None:
+            self._watcher.join()  # it looks at the socket, which is closed next
+        self._coming.clear()
+        self._pair = None
+
+
+def _watch(connection: socket.socket, pair: Pair) -> None:
+    """On a thread of its own: give the pair up as soon as the socket ends, at either end."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    poll.poll()
+    pair.abort()
