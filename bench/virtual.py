@@ -155,10 +155,12 @@ class _Outlet:
     attempts: dict[int, int] = field(default_factory=dict)
     targets: dict[int, WorkerRef] = field(default_factory=dict)
     across: dict[int, int] = field(default_factory=dict)
+    under_way: dict[int, int] = field(default_factory=dict)
     staged: Sequence[Offer] = ()
 
     def open(self, handover_id: int, attempt: int, target: Endpoint, transport: str) -> None:
         self.attempts[handover_id], self.targets[handover_id], self.across[handover_id] = attempt, target.ref, 0
+        self.under_way[handover_id] = 0
 
     def stage(self, offers: Sequence[Offer]) -> None:
         self.staged = offers
@@ -172,23 +174,34 @@ class _Outlet:
             self._leave(offer, layer)
 
     def close(self, handover_id: int) -> None:
-        for known in (self.attempts, self.targets, self.across):
+        for known in (self.attempts, self.targets, self.across, self.under_way):
             known.pop(handover_id, None)
 
     def progress(self, handover_id: int) -> int:
         return self.across[handover_id]
+
+    def failed(self, target: WorkerRef) -> tuple[str, ...]:
+        return ()
+
+    def forgive(self, target: WorkerRef) -> None:
+        """Nothing breaks."""
+
+    def pending(self, handover_id: int) -> int:
+        return self.under_way[handover_id]
 
     def _leave(self, offer: Offer, layer: int) -> None:
         worker, costs = self.worker, self.worker.costs
         size = offer.cut.count * worker.info.block_size * costs.kv_bytes_per_token // LAYERS
         self.free_at = max(self.free_at, worker.clock.now()) + size / costs.kv_bytes_per_s
         self.across[offer.handover_id] += size
+        self.under_way[offer.handover_id] += 1
         worker.world.at(self.free_at + costs.message_s, lambda: self._arrive(offer, layer))
 
     def _arrive(self, offer: Offer, layer: int) -> None:
         target = self.targets.get(offer.handover_id)
         if target is None:
             return  # closed meanwhile: its blocks may not be read any more
+        self.under_way[offer.handover_id] -= 1
         count = offer.cut.count
         header = wire.FrameHeader(
             offer.handover_id, self.attempts[offer.handover_id], layer, offer.first, count,

@@ -54,7 +54,26 @@ class Ping:
     """Sent while nothing else is; silence longer than the lease means that the peer is gone."""
 
 
-RouterMessage = Submit | Cancel | Resync | Ping
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Hand this running request over to `target` and go on with the others; it is answered by `HandedOver` or `Stayed`,
+    unless the request ends before."""
+
+    ticket: int
+    target: WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Hand what is cached of this request's tokens to `target`, for its prefix cache. It is not answered: a cache that
+    lacks something computes it."""
+
+    ticket: int
+    request: Request
+    target: WorkerRef
+
+
+RouterMessage = Submit | Cancel | Move | Share | Resync | Ping
 
 # --- worker → router ------------------------------------------------------------------------------------------------
 
@@ -79,9 +98,18 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """The decode worker acknowledged the commit: from here on the decode worker alone holds the request."""
+    """The target acknowledged the commit: from here on it alone holds the request."""
 
     ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stayed:
+    """A `Move` came to nothing; the request goes on where it is."""
+
+    ticket: int
+    code: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +170,10 @@ class Load:
     """The part of `handover_seconds` that does not hide behind compute: from the first token to the acknowledgement."""
     decode_batch: float = 0.0
     """Requests in the steps that `decode_step_s` is the time of, smoothed alike."""
+    moves: int = 0
+    """Running requests that were handed over to another decode worker."""
+    shared_tokens: int = 0
+    """Tokens whose cached KV was handed to another worker's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +187,7 @@ class StepReport:
     failed: tuple[Failed, ...] = ()
     kv: tuple[KvEvents, ...] = ()
     load: Load | None = None
+    stayed: tuple[Stayed, ...] = ()
 
 
 # --- source ↔ target of a handover ----------------------------------------------------------------------------------

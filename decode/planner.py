@@ -33,6 +33,10 @@ class ContinuousBatching:
         """A sequence whose next token is known and whose KV before it is in the pool joins the batch."""
         insort(self.running, sequence, key=_age)
 
+    def pause(self, sequence: Sequence) -> None:
+        """Compute nothing for a running sequence until it joins again; its blocks stay its own."""
+        self.running.remove(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and take its blocks back."""
         for group in (self.running, self.preempted):

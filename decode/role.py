@@ -1,233 +1,109 @@
-"""Being a decode worker: grant reservations, take the KV in, join each request to the running batch, stream tokens.
+"""Being a decode worker: grant reservations, join each request that has been handed over to the running batch, stream
+tokens, and let go of requests that are to run elsewhere.
 
-Reserve ──▶ incoming (blocks reserved, inlet open) ──Commit and all bytes──▶ planner (running, preempted) ──▶ gone
+intake (worker/intake.py) ──take──▶ planner (running, preempted) ──▶ gone, or by `moves` to another decode worker
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Protocol
 
-from ..common.errors import (
-    BatonError,
-    DeadlineExceeded,
-    FingerprintMismatch,
-    HandoverFailed,
-    InvalidRequest,
-    PoolFull,
-    StaleAttempt,
-    StaleEpoch,
-    WorkerLost,
-)
-from ..common.messages import (
-    Abort,
-    Cancel,
-    Commit,
-    Committed,
-    Endpoint,
-    Filled,
-    HandoverKey,
-    Refused,
-    Renew,
-    Reserve,
-    Reserved,
-    SourceMessage,
-    Spoiled,
-)
+from ..common.errors import BatonError, DeadlineExceeded, PoolFull, StaleAttempt
+from ..common.messages import Cancel, Move, Purpose, TokenOut, TransportBroken
 from ..common.types import WorkerRef
-from ..engine.mailbox import FromRouter, FromSource, InboxItem, RouterGone, SourceGone
+from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
 from ..engine.plan import Sampled, Slice, StepPlan
 from ..engine.role import Context
 from ..engine.sequence import Sequence, SequenceKey
-from ..kvtransfer.choose import choose
-from ..kvtransfer.layout import routes
-from ..kvtransfer.session import TargetHandover
-from ..kvtransfer.transport import Inlet
+from ..kvtransfer.transport import Outlet
+from .moves import Moves
 from .planner import ContinuousBatching
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 4096
-"""Committed handovers that are remembered, so that a commit that comes twice gets its answer twice."""
 
+class Incoming(Protocol):
+    """Handovers that come in, as the role sees them that goes on with them: `worker.intake.Intake`."""
 
-@dataclass(eq=False, slots=True)
-class Incoming:
-    """One handover, seen from its target."""
+    def holds(self, key: SequenceKey) -> bool: ...
 
-    key: HandoverKey
-    source: WorkerRef
-    sequence: Sequence
-    state: TargetHandover
-
-    @property
-    def kv_tokens(self) -> int:
-        """Once the commit is here: tokens whose KV the source has. The last token's is not computed yet."""
-        assert self.state.pending is not None
-        return len(self.sequence.tokens) + len(self.state.pending.tokens) - 1
+    def coming(self, purpose: Purpose) -> int: ...
 
 
 class DecodeRole:
-    """Takes handovers in through `inlet`, and on a colocated worker sequences through `join`."""
+    """Implements `engine.role.Host` for what comes in, and `engine.role.LocalBatch` for a colocated worker."""
 
-    def __init__(self, context: Context, inlet: Inlet) -> None:
+    def __init__(self, context: Context, incoming: Incoming, outlet: Outlet) -> None:
         self._context = context
-        self._inlet = inlet
+        self._incoming = incoming
         self._planner = ContinuousBatching(context.table)
-        self._incoming: dict[HandoverKey, Incoming] = {}
+        self._moves = Moves(context, self._planner, outlet, self._remove, self._fail)
         self._decoding: dict[SequenceKey, Sequence] = {}
-        self._committed: dict[HandoverKey, None] = {}
 
     # --- messages ---
 
     def receive(self, item: InboxItem, now: float) -> None:
         match item:
             case FromRouter(router, Cancel(ticket)):
-                self._cancel((router, ticket), "cancelled", "cancelled by the router")
+                self._end((router, ticket), "cancelled", "cancelled by the router")
+            case FromRouter(router, Move(ticket, target)):
+                self._move((router, ticket), target, now)
             case RouterGone(router):
-                keys = [s.key for s in self.sequences() if s.key[0] == router]
-                for key in keys:
-                    self._cancel(key, "router_lost", "the router is gone")
-            case FromSource(source, message):
-                self._from_source(source, message, now)
-            case SourceGone(source):
-                for incoming in [i for i in self._incoming.values() if i.source == source]:
-                    self._abort(incoming, WorkerLost(f"{source.name} is gone"))
-            case Filled(key):
-                if filled := self._incoming.get(key):
-                    filled.state.fill()
-                    self._conclude(filled, now)
-            case Spoiled(key, text):
-                if spoiled := self._incoming.get(key):
-                    self._abort(spoiled, HandoverFailed(text))
+                for key in [key for key in self._decoding if key[0] == router]:
+                    self._end(key, "router_lost", "the router is gone")
+            case FromTarget(target, message):
+                self._moves.answer(target, message, now)
+            case TargetGone(target):
+                self._moves.target_gone(target)
+            case TransportBroken():
+                self._moves.transport_broken(item)
 
-    def _from_source(self, source: Endpoint, message: SourceMessage, now: float) -> None:
-        if isinstance(message, Renew):
-            for handover_id in message.handover_ids:
-                if incoming := self._incoming.get((source.ref.name, source.ref.epoch, handover_id)):
-                    incoming.state.alive(now)
-            return
-        key = (source.ref.name, source.ref.epoch, message.handover_id)
-        if isinstance(message, Reserve):
-            if key not in self._incoming and key not in self._committed:
-                self._reserve(key, source, message, now)
-        elif incoming := self._incoming.get(key):
-            if isinstance(message, Abort):
-                self._abort(incoming, HandoverFailed(message.message), tell=False, code=message.code)
-            elif incoming.state.commit(message):
-                self._inlet.expect(key, self._context.table.blocks_for(incoming.kv_tokens))
-        elif isinstance(message, Commit):
-            self._late_commit(key, source.ref, message)
-
-    def _late_commit(self, key: HandoverKey, source: WorkerRef, message: Commit) -> None:
-        """A commit for what is not open here: done already, or given up."""
-        if key in self._committed:
-            self._context.outbox.to_source(source, Committed(message.handover_id))
+    def _move(self, key: SequenceKey, target: WorkerRef, now: float) -> None:
+        sequence = self._decoding.get(key)
+        if sequence is None or sequence not in self._planner.running:
+            self._context.outbox.stayed(key, StaleAttempt("not running here"))
         else:
-            error = StaleAttempt("no such reservation is open (any more)")
-            self._context.outbox.to_source(source, Abort(message.handover_id, error.code, error.message))
+            self._moves.start(sequence, target, now)
 
-    def _reserve(self, key: HandoverKey, source: Endpoint, message: Reserve, now: float) -> None:
-        """Blocks for the prompt and some output, the cached prefix among them pinned; or no, at once."""
-        request, table = message.request, self._context.table
-        sequence = Sequence((message.router, message.ticket), request, message.attempt, now, now + request.deadline_s)
-        try:
-            self._may_reserve(source, message, sequence)
-            transport = choose(source, self._context.endpoint, self._context.handover.transport, message.avoid)
-            room = min(
-                len(request.tokens) + self._context.handover.headroom_tokens, sequence.max_len,
-                self._context.limits.max_model_len, table.manager.num_blocks * table.block_size,
-            )  # fmt: skip
-            if not table.admit(sequence, len(request.tokens), room):
-                raise PoolFull(f"no room for {room} tokens; {table.manager.available} blocks are available")
-        except BatonError as error:
-            self._context.outbox.to_source(source.ref, Refused(message.handover_id, error.code, error.message))
-            return
-        lease = self._context.handover.lease_s
-        self._incoming[key] = Incoming(key, source.ref, sequence, TargetHandover(lease, now + lease))
-        cached = sequence.computed // table.block_size
-        self._inlet.open(key, message.attempt, source.format, cached, sequence.blocks[cached:])
-        self._context.outbox.to_source(source.ref, Reserved(message.handover_id, cached, transport))
+    # --- from reservation to batch ---
 
-    def _may_reserve(self, source: Endpoint, message: Reserve, sequence: Sequence) -> None:
-        context, request = self._context, message.request
-        if message.target != context.ref:
-            raise StaleEpoch(f"meant for another incarnation of {message.target.name}")
-        if source.fingerprint != context.endpoint.fingerprint:
-            raise FingerprintMismatch("weights or numeric choices differ")
-        routes(source.format, context.endpoint.format)  # raises where they hold the KV of different models
-        if message.router not in context.outbox.routers:
-            raise HandoverFailed(f"router {message.router} has no stream to this worker")
-        if sequence.key in self._decoding or any(i.sequence.key == sequence.key for i in self._incoming.values()):
+    def admit(self, sequence: Sequence) -> None:
+        """Blocks for what it has and some output; see `engine.role.Host`."""
+        context, table, tokens = self._context, self._context.table, len(sequence.tokens)
+        if sequence.key in self._decoding:
             raise StaleAttempt("this attempt is here already")
-        if not context.table.fits(len(request.tokens) + 1):
-            raise PoolFull(f"{len(request.tokens)} tokens are more than this worker's whole pool")
-        if not request.tokens or len(request.tokens) >= context.limits.max_model_len:
-            raise InvalidRequest(f"{len(request.tokens)} tokens do not fit this worker")
-        if len(self._incoming) >= context.handover.max_sending:
-            raise PoolFull(f"{len(self._incoming)} handovers are coming in already")
         if self._planner.preempted:
             raise PoolFull("preempted requests wait for room here")
         if self.places <= 0:
             raise PoolFull(f"the batch is full: {context.limits.max_running} requests")
+        room = min(
+            tokens + context.handover.headroom_tokens, sequence.max_len, context.limits.max_model_len,
+            table.manager.num_blocks * table.block_size,
+        )  # fmt: skip
+        if not table.admit(sequence, tokens, room):
+            raise PoolFull(f"no room for {room} tokens; {table.manager.available} blocks are available")
 
-    # --- from reservation to batch ---
-
-    def _conclude(self, incoming: Incoming, now: float) -> None:
-        commit = incoming.state.conclude()
-        if commit is None:
-            return
-        sequence = incoming.sequence
-        self._close(incoming)
-        self._committed[incoming.key] = None
-        if len(self._committed) > REMEMBERED:
-            del self._committed[next(iter(self._committed))]
-        self._context.table.advance(sequence, incoming.kv_tokens - sequence.computed)
-        sequence.deadline = now + commit.deadline_s
-        for token in commit.tokens:
+    def take(self, sequence: Sequence, tokens: tuple[TokenOut, ...]) -> None:
+        """See `engine.role.Host`."""
+        for token in tokens:
             sequence.tokens.append(token.token)
             self._context.emit(sequence, Sampled(token.token, token.logprob))
-        self._context.outbox.to_source(incoming.source, Committed(commit.handover_id))
         self.join(sequence)
 
     def join(self, sequence: Sequence) -> None:
-        """Take a sequence whose first token is known into the batch."""
+        """Take a sequence whose next token is known into the batch."""
         self._decoding[sequence.key] = sequence
         self._planner.join(sequence)
-
-    def _close(self, incoming: Incoming) -> None:
-        self._inlet.close(incoming.key)  # from here on nobody writes the blocks
-        del self._incoming[incoming.key]
-
-    def _abort(self, incoming: Incoming, error: BatonError, tell: bool = True, code: str = "") -> None:
-        incoming.state.abort()
-        self._close(incoming)
-        self._context.table.drop(incoming.sequence)
-        if code != "finished":
-            self._context.stats.aborted(code or error.code)
-            log.info(
-                "handover from %s aborted: %s (%s)",
-                *(incoming.source.name, error, code or error.code),
-                extra=incoming.sequence.named,
-            )
-        if tell:
-            abort = Abort(incoming.key[2], error.code, error.message)
-            self._context.outbox.to_source(incoming.source, abort)
 
     # --- rounds ---
 
     def tick(self, now: float) -> None:
-        """Leases and deadlines."""
-        for incoming in list(self._incoming.values()):
-            if (touched := self._inlet.touched(incoming.key)) is not None:
-                incoming.state.fed(touched)
-            if incoming.state.expired(now):
-                self._abort(incoming, HandoverFailed("the lease ran out"))
-            elif now >= incoming.sequence.deadline:  # a source that hangs in a step still renews
-                self._abort(incoming, DeadlineExceeded("the deadline passed before the first token"))
+        """Deadlines, and requests on their way elsewhere."""
         for sequence in [s for s in self._decoding.values() if now >= s.deadline]:
             self._fail(sequence, DeadlineExceeded("the deadline passed"))
+        self._moves.tick(now)
 
     def plan(self, plan: StepPlan, now: float) -> None:
         count, waiting = self._planner.preemptions, self._planner.preempted.copy()
@@ -235,10 +111,12 @@ class DecodeRole:
         self._context.stats.preemptions += self._planner.preemptions - count
         for sequence in self._planner.preempted:
             if sequence not in waiting:
+                self._moves.interrupt(sequence, "preempted", "its blocks were needed")
                 log.info(
-                    "preempted at %d tokens while %d handovers come in", len(sequence.tokens), len(self._incoming),
+                    "preempted at %d tokens while %d handovers come in",
+                    *(len(sequence.tokens), self._incoming.coming(Purpose.DECODE)),
                     extra=sequence.named,
-                )  # fmt: skip
+                )
 
     def on_layer(self, layer: int) -> None:
         """Nothing leaves a decode worker layer by layer."""
@@ -249,8 +127,10 @@ class DecodeRole:
         sequence = part.sequence
         reason = self._context.accept(sequence, sampled)
         self._context.emit(sequence, sampled)
+        self._moves.drew(sequence, sampled)
         if reason is not None:
             self._context.outbox.finished(sequence.key, reason)
+            self._moves.interrupt(sequence, "finished", "the request ended before it had moved")
             self._remove(sequence)
 
     def failed(self, part: Slice, error: BatonError) -> None:
@@ -261,17 +141,17 @@ class DecodeRole:
     def _fail(self, sequence: Sequence, error: BatonError) -> None:
         log.warning("failed here: %s (%s)", error, error.code, extra=sequence.named)
         self._context.outbox.failed(sequence.key, error)
+        self._moves.interrupt(sequence, error.code, error.message)
         self._remove(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
         self._planner.remove(sequence)
         self._decoding.pop(sequence.key, None)
 
-    def _cancel(self, key: SequenceKey, code: str, message: str) -> None:
+    def _end(self, key: SequenceKey, code: str, message: str) -> None:
         if sequence := self._decoding.get(key):
+            self._moves.interrupt(sequence, code, message)
             self._remove(sequence)
-        for incoming in [i for i in self._incoming.values() if i.sequence.key == key]:
-            self._abort(incoming, HandoverFailed(message), code=code)
 
     # --- numbers ---
 
@@ -280,7 +160,7 @@ class DecodeRole:
         """Requests that may still come in: none while preempted ones wait, whose room they would take."""
         if self._planner.preempted:
             return 0
-        return self._context.limits.max_running - len(self._decoding) - len(self._incoming)
+        return self._context.limits.max_running - len(self._decoding) - self._incoming.coming(Purpose.DECODE)
 
     @property
     def headroom(self) -> int:
@@ -288,7 +168,7 @@ class DecodeRole:
         return len(self._planner.running)
 
     def sequences(self) -> Iterable[Sequence]:
-        return [*self._decoding.values(), *(i.sequence for i in self._incoming.values())]
+        return self._decoding.values()
 
     @property
     def waiting(self) -> int:
@@ -296,7 +176,7 @@ class DecodeRole:
 
     @property
     def running(self) -> int:
-        return len(self._planner.running)
+        return len(self._decoding) - len(self._planner.preempted)
 
     @property
     def queued_tokens(self) -> int:
@@ -304,8 +184,8 @@ class DecodeRole:
 
     @property
     def handovers(self) -> int:
-        return len(self._incoming)
+        return len(self._moves)
 
     @property
     def reserved_blocks(self) -> int:
-        return sum(len(i.sequence.blocks) for i in self._incoming.values())
+        return 0

@@ -173,6 +173,8 @@ class EngineLoop:
             handover_exposed_seconds=stats.handover_exposed_seconds,
             handover_skipped_blocks=stats.handover_skipped_blocks,
             handover_aborts=tuple(sorted(stats.handover_aborts.items())),
+            moves=stats.moves,
+            shared_tokens=stats.shared_tokens,
         )
 
     def inspect(self) -> CheckReport:

@@ -26,6 +26,7 @@ from ..common.messages import (
     SourceMessage,
     Spoiled,
     Started,
+    Stayed,
     StepReport,
     TargetMessage,
     TokenOut,
@@ -141,6 +142,7 @@ class _Report:
     finished: list[Finished] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
     kv: list[KvEvents] = field(default_factory=list)
+    stayed: list[Stayed] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,9 @@ class Outbox:
     def failed(self, key: SequenceKey, error: BatonError) -> None:
         self._report(key[0]).failed.append(Failed(key[1], error.code, error.message))
 
+    def stayed(self, key: SequenceKey, error: BatonError) -> None:
+        self._report(key[0]).stayed.append(Stayed(key[1], error.code, error.message))
+
     def kv(self, router: str, events: KvEvents) -> None:
         self._report(router).kv.append(events)
 
@@ -204,6 +209,7 @@ class Outbox:
                 tuple(r.failed),
                 tuple(r.kv),
                 load,
+                tuple(r.stayed),
             )
             for router, r in self._reports.items()
             if router in self.routers

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..common.config import HandoverConfig
 from ..common.errors import BatonError
-from ..common.messages import Endpoint
+from ..common.messages import Endpoint, TokenOut
 from ..common.types import FinishReason, WorkerRef
 from .block_table import BlockTable
 from .mailbox import InboxItem, Outbox
@@ -41,6 +42,8 @@ class Stats:
     handover_seconds: float = 0.0
     handover_exposed_seconds: float = 0.0
     handover_skipped_blocks: int = 0
+    moves: int = 0
+    shared_tokens: int = 0
     handover_aborts: dict[str, int] = field(default_factory=dict)
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
@@ -61,6 +64,7 @@ class Context:
     limits: Limits
     handover: HandoverConfig
     stats: Stats = field(default_factory=Stats)
+    handover_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
     def ref(self) -> WorkerRef:
@@ -86,6 +90,18 @@ class Context:
     def emit(self, sequence: Sequence, sampled: Sampled) -> None:
         """Tell the router the sequence's last token."""
         self.outbox.token(sequence.key, len(sequence.tokens) - 1, sampled.token, sampled.logprob)
+
+
+class Host(Protocol):
+    """Who goes on with a request whose KV has come from another worker."""
+
+    def admit(self, sequence: Sequence) -> None:
+        """Give it blocks. Raises the `BatonError` with which the source is refused."""
+        ...
+
+    def take(self, sequence: Sequence, tokens: tuple[TokenOut, ...]) -> None:
+        """It is ours now. `tokens` are new, and the router is to be told of them."""
+        ...
 
 
 class LocalBatch(Protocol):
@@ -142,3 +158,45 @@ class Role(Protocol):
 
     @property
     def reserved_blocks(self) -> int: ...
+
+
+class Computeless:
+    """Base of policies that plan nothing."""
+
+    def tick(self, now: float) -> None:
+        """Nothing is due."""
+
+    def plan(self, plan: StepPlan, now: float) -> None:
+        """Adds nothing."""
+
+    def on_layer(self, layer: int) -> None:
+        """Nothing leaves layer by layer."""
+
+    def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None:
+        raise AssertionError("nothing was planned")
+
+    def failed(self, part: Slice, error: BatonError) -> None:
+        raise AssertionError("nothing was planned")
+
+    def sequences(self) -> Iterable[Sequence]:
+        return ()
+
+    @property
+    def waiting(self) -> int:
+        return 0
+
+    @property
+    def running(self) -> int:
+        return 0
+
+    @property
+    def queued_tokens(self) -> int:
+        return 0
+
+    @property
+    def handovers(self) -> int:
+        return 0
+
+    @property
+    def reserved_blocks(self) -> int:
+        return 0

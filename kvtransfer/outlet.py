@@ -38,7 +38,12 @@ class _Transfer:
     attempt: int
     lanes: list[_Lane]
     open: bool = True
+    put: int = 0
+    """Frames offered; the engine loop counts."""
+    answered: int = 0
+    """Frames that got across; lanes count, under `lock`."""
     across: int = 0
+    """Their bytes."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -54,6 +59,7 @@ class LaneOutlet:
         self._config = config
         self._make_giver = make_giver
         self._broken = broken
+        self._failed: dict[WorkerRef, set[str]] = {}
         self._transfers: dict[int, _Transfer] = {}
         self._lanes: dict[tuple[WorkerRef, int, str], _Lane] = {}
         self._staged: list[Offer] = []
@@ -87,6 +93,24 @@ class LaneOutlet:
     def progress(self, handover_id: int) -> int:
         return self._transfers[handover_id].across
 
+    def pending(self, handover_id: int) -> int:
+        transfer = self._transfers[handover_id]
+        return transfer.put - transfer.answered
+
+    def failed(self, target: WorkerRef) -> tuple[str, ...]:
+        return tuple(sorted(self._failed.get(target, ())))
+
+    def forgive(self, target: WorkerRef) -> None:
+        self._failed.pop(target, None)
+
+    def _fell(self, event: TransportBroken) -> None:
+        """On a lane's thread: bytes do not flow any more. Loud, and once for each transport of a pair."""
+        failed = self._failed.setdefault(event.target, set())
+        if event.transport not in failed:
+            log.warning("%s to %s broke, falling back: %s", event.transport, event.target.name, event.message)
+            failed.add(event.transport)
+        self._broken(event)
+
     def _put(self, offer: Offer, layer: int) -> None:
         transfer = self._transfers.get(offer.handover_id)
         if transfer is None:  # it was closed while its step was planned
@@ -100,7 +124,7 @@ class LaneOutlet:
         lane = self._lanes.get(key)
         if lane is None or lane.dead:
             lane = self._lanes[key] = _Lane(
-                self._store, self._config, target, route, transport, self.trace, self._make_giver, self._broken
+                self._store, self._config, target, route, transport, self.trace, self._make_giver, self._fell
             )
             for old in [k for k, other in self._lanes.items() if other.dead]:
                 del self._lanes[old]
@@ -154,6 +178,7 @@ class _Lane:
     def put(self, transfer: _Transfer, offer: Offer, layer: int) -> None:
         sizes = (self._store.format.block_size, self._target.format.block_size)
         frames = [_Frame(transfer, layer, offer.first + i, part) for i, part in split(offer.cut, *sizes, self._run_of)]
+        transfer.put += len(frames)
         with self._change:
             self._queue.extend(frames)
             self._change.notify_all()
@@ -222,7 +247,9 @@ class _Lane:
                 raise TransportFailed("more answers than frames")
             for _ in range(count):
                 transfer, size = self._under_way.popleft()
-                transfer.across += size
+                with transfer.lock:
+                    transfer.answered += 1
+                    transfer.across += size
             self._change.notify_all()
 
     def _end(self, error: BatonError) -> None:

@@ -5,9 +5,7 @@ Knows nothing of what is handed over but its blocks and how it is called; what i
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -17,8 +15,6 @@ from ..common.types import WorkerRef
 from .layout import cut
 from .session import SourceHandover, State
 from .transport import Offer, Outlet
-
-log = logging.getLogger(__name__)
 
 
 class Subject(Protocol):
@@ -61,19 +57,20 @@ class Outgoing(Generic[S]):
 
 
 class Sender(Generic[S]):
-    """`block_size`: of our own blocks. Only the worker's loop calls this."""
+    """`block_size`: of our own blocks; `ids`: names of handovers, never used twice in this incarnation of the worker.
+    Only the worker's loop calls this."""
 
     def __init__(
-        self, outlet: Outlet, config: HandoverConfig, block_size: int, post: Callable[[WorkerRef, SourceMessage], None]
-    ) -> None:
+        self, outlet: Outlet, config: HandoverConfig, block_size: int,
+        post: Callable[[WorkerRef, SourceMessage], None], ids: Iterator[int],
+    ) -> None:  # fmt: skip
         self._outlet = outlet
         self._config = config
         self._block_size = block_size
         self._post = post
         self._open: dict[int, Outgoing[S]] = {}
         self._by_key: dict[Hashable, Outgoing[S]] = {}
-        self._avoid: defaultdict[WorkerRef, set[str]] = defaultdict(set)
-        self._next_id = 0
+        self._ids = ids
 
     def __len__(self) -> int:
         return len(self._open)
@@ -92,11 +89,10 @@ class Sender(Generic[S]):
 
     def reserve(self, subject: S, target: WorkerRef, now: float, question: Question) -> Outgoing[S]:
         """Ask `target` for room."""
-        self._next_id += 1
         state = SourceHandover(self._config.lease_s, now + self._config.lease_s)
-        outgoing = Outgoing(self._next_id, subject, target, state, now)
+        outgoing = Outgoing(next(self._ids), subject, target, state, now)
         self._open[outgoing.id] = self._by_key[subject.key] = outgoing
-        self._post(target, question(outgoing.id, tuple(sorted(self._avoid[target]))))
+        self._post(target, question(outgoing.id, self._outlet.failed(target)))
         return outgoing
 
     def answered(self, target: Endpoint, handover_id: int) -> Outgoing[S] | None:
@@ -158,11 +154,5 @@ class Sender(Generic[S]):
         return [o for o in self._open.values() if o.state.overdue(now)]
 
     def broken(self, event: TransportBroken) -> list[Outgoing[S]]:
-        """A transport to a target is of no use: the next handovers take another. Returns those that it carried."""
-        log.warning("%s to %s broke, falling back: %s", event.transport, event.target.name, event.message)
-        self._avoid[event.target].add(event.transport)
+        """The handovers that were carried by a transport that broke."""
         return [o for o in self.to(event.target) if o.transport == event.transport]
-
-    def forgive(self, target: WorkerRef) -> None:
-        """Forget which transports failed: the pair starts afresh."""
-        self._avoid.pop(target, None)

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from ..common.kv_format import KvFormat
 from ..common.messages import Endpoint, HandoverKey
+from ..common.types import WorkerRef
 from .layout import Cut, Route
 from .wire import Checksums, FrameHeader
 
@@ -97,6 +98,18 @@ class Outlet(Protocol):
 
     def progress(self, handover_id: int) -> int:
         """Bytes that got across so far."""
+        ...
+
+    def failed(self, target: WorkerRef) -> tuple[str, ...]:
+        """Transports to this target that broke, and that handovers should avoid."""
+        ...
+
+    def forgive(self, target: WorkerRef) -> None:
+        """Forget which broke: the pair starts afresh."""
+        ...
+
+    def pending(self, handover_id: int) -> int:
+        """Frames that were offered and have not got across."""
         ...
 
 

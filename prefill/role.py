@@ -64,7 +64,7 @@ class PrefillRole:
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._opening: list[tuple[Sequence, WorkerRef]] = []
         self._sender: Sender[Sequence] = Sender(
-            outlet, context.handover, context.table.block_size, context.outbox.to_target
+            outlet, context.handover, context.table.block_size, context.outbox.to_target, context.handover_ids
         )
 
     # --- messages ---
@@ -83,7 +83,7 @@ class PrefillRole:
                 if outgoing := self._sender.answered(target, message.handover_id):
                     self._answer(outgoing, target, message, now)
             case TargetGone(target):
-                self._sender.forgive(target)
+                self._outlet.forgive(target)
                 for outgoing in self._sender.to(target):
                     # Whether it died is for the router to say, which has a line to it of its own.
                     self._fail(outgoing.subject, HandoverFailed(f"the line to {target.name} broke"))
@@ -126,7 +126,7 @@ class PrefillRole:
             case Refused(code=code, message=text) | Abort(code=code, message=text):
                 error = from_code(code, f"{outgoing.target.name}: {text}")
                 if isinstance(error, TransportFailed):
-                    self._sender.forgive(outgoing.target)  # all have failed: begin again with the best
+                    self._outlet.forgive(outgoing.target)  # all have failed: begin again with the best
                 self._fail(outgoing.subject, error, tell=False)
 
     def _handed_over(self, outgoing: Outgoing[Sequence], now: float) -> None:

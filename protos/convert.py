@@ -24,6 +24,7 @@ from ..common.messages import (
     HandedOver,
     Hello,
     Members,
+    Move,
     Ping,
     Purpose,
     Refused,
@@ -32,8 +33,10 @@ from ..common.messages import (
     Reserved,
     Resync,
     RouterMessage,
+    Share,
     SourceMessage,
     Started,
+    Stayed,
     StepReport,
     Submit,
     TargetMessage,
@@ -87,6 +90,7 @@ def _report_to_wire(report: StepReport) -> Any:
         finished=[pb.Event(ticket=e.ticket, reason=e.reason.value) for e in report.finished],
         failed=[pb.Event(ticket=e.ticket, code=e.code, message=e.message) for e in report.failed],
         kv=[kv_to_wire(e) for e in report.kv],
+        stayed=[pb.Event(ticket=e.ticket, code=e.code, message=e.message) for e in report.stayed],
     )
     for index, token in enumerate(tokens):
         if token.logprob is not None:
@@ -121,6 +125,7 @@ def _report_from_wire(message: Any) -> StepReport:
         failed=tuple(Failed(e.ticket, e.code, e.message) for e in message.failed),
         kv=tuple(map(kv_from_wire, message.kv)),
         load=load,
+        stayed=tuple(Stayed(e.ticket, e.code, e.message) for e in message.stayed),
     )
 
 
@@ -136,6 +141,11 @@ def _from_router_to_wire(value: FromRouter) -> Any:
             return pb.FromRouter(submit=submit)
         case Cancel():
             return pb.FromRouter(cancel=value.ticket)
+        case Move():
+            return pb.FromRouter(move=pb.Move(ticket=value.ticket, target=REF.to_wire(value.target)))
+        case Share():
+            request, target = request_to_wire(value.request), REF.to_wire(value.target)
+            return pb.FromRouter(share=pb.Share(ticket=value.ticket, request=request, target=target))
         case Ping():
             return pb.FromRouter(ping=True)
         case Resync():
@@ -152,6 +162,12 @@ def _from_router_from_wire(message: Any) -> FromRouter:
             return Submit(submit.ticket, submit.attempt, request_from_wire(required(submit, "request")), decode)
         case "cancel":
             return Cancel(message.cancel)
+        case "move":
+            return Move(message.move.ticket, REF.from_wire(required(message.move, "target")))
+        case "share":
+            share = message.share
+            request, target = request_from_wire(required(share, "request")), REF.from_wire(required(share, "target"))
+            return Share(share.ticket, request, target)
         case "ping":
             return Ping()
         case "resync":

@@ -81,7 +81,7 @@ LOAD = Flat(
     pb.Load,
     "waiting running queued_prefill_tokens total_blocks free_blocks cached_blocks reserved_blocks prefill_tokens_per_s "
     "decode_step_s decode_batch steps preemptions prompt_tokens cached_tokens output_tokens handovers handover_bytes "
-    "handover_seconds handover_exposed_seconds handover_skipped_blocks loop_age_s",
+    "handover_seconds handover_exposed_seconds handover_skipped_blocks loop_age_s moves shared_tokens",
 )
 ABORT = Flat(Abort, pb.Ended, "handover_id code message")
 REFUSED = Flat(Refused, pb.Ended, "handover_id code message")

@@ -13,7 +13,7 @@ from ..common.clock import Clock
 from ..common.config import WorkerConfig
 from ..common.errors import DeadlineExceeded
 from ..common.hashing import BlockHasher, cluster_key
-from ..common.messages import CheckReport, Endpoint, Load
+from ..common.messages import CheckReport, Endpoint, Load, Purpose
 from ..common.types import Role, WorkerInfo, WorkerRef
 from ..decode.role import DecodeRole
 from ..engine import role as engine_role
@@ -21,14 +21,16 @@ from ..engine.block_table import BlockTable
 from ..engine.loop import EngineLoop
 from ..engine.mailbox import Inbox, Inspect, Mail, Outbox
 from ..engine.plan import Runner
-from ..engine.role import Context, Limits
+from ..engine.role import Context, Host, Limits
 from ..kvtransfer.plane import Plane, this_host
 from ..kvtransfer.shm import SharedMemory
 from ..kvtransfer.transport import Inlet, Outlet, Store
 from ..prefill.role import PrefillRole
 from ..protos import rpc
 from ..protos.convert import FromRouter, FromSource, FromTarget, FromWorker
+from .intake import Intake
 from .links import RouterLines, SourceLines, TargetLines
+from .sharing import CacheHost, Sharing
 
 CHECK_TIMEOUT_S = 10.0
 """How long an operator's question may wait for the loop to come round."""
@@ -60,12 +62,14 @@ class Computes(Protocol):
 
 def make_roles(role: Role, context: Context, inlet: Inlet, outlet: Outlet) -> list[engine_role.Role]:
     """The policies of a role. Decode comes first: it takes its share of the step's budget before prefill does."""
-    if role is Role.DECODE:
-        return [DecodeRole(context, inlet)]
+    hosts: dict[Purpose, Host] = {Purpose.CACHE: CacheHost(context)}
+    intake, sharing = Intake(context, inlet, hosts), Sharing(context, outlet)
     if role is Role.PREFILL:
-        return [PrefillRole(context, outlet)]
-    decode = DecodeRole(context, inlet)
-    return [decode, PrefillRole(context, outlet, decode)]
+        return [intake, PrefillRole(context, outlet), sharing]
+    decode = hosts[Purpose.DECODE] = DecodeRole(context, intake, outlet)
+    if role is Role.DECODE:
+        return [intake, decode, sharing]
+    return [intake, decode, PrefillRole(context, outlet, decode), sharing]
 
 
 class Worker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,7 +20,7 @@ from baton.engine.role import Context, Limits
 from baton.engine.sequence import Sequence
 from tests.toy import endpoint, request
 
-NO_INLET: Any = None
+NOBODY: Any = Mock()
 
 
 class Timed:
@@ -54,7 +55,7 @@ def decoding(runner: Runner, clock: ManualClock, mail: list[Mail], streams: int 
         endpoint=endpoint("w"), table=table, outbox=Outbox(), limits=limits, handover=HandoverConfig(),
     )  # fmt: skip
     context.outbox.routers.add("router")
-    role = DecodeRole(context, NO_INLET)
+    role = DecodeRole(context, NOBODY, NOBODY)
     for number in range(streams):
         sequence = Sequence(("router", number), request("r", [1, 2, 3], 500), 1, 0.0, 1e9)
         assert table.admit(sequence, 0, 3)

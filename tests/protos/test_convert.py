@@ -63,6 +63,7 @@ report = st.builds(
     several(st.builds(m.Failed, u64, text, text)),
     several(st.builds(m.KvEvents, u64, hashes, hashes, st.booleans())),
     st.none() | load,
+    several(st.builds(m.Stayed, u64, text, text)),
 )
 abort = st.builds(m.Abort, u64, text, text)
 status = st.builds(m.WorkerStatus, text, text, text, text, u64, number, text, u32)
@@ -75,6 +76,8 @@ MESSAGES = {
         st.builds(m.Hello, text, u64, u64),
         st.builds(m.Submit, u64, u32, request, st.none() | ref),
         st.builds(m.Cancel, u64),
+        st.builds(m.Move, u64, ref),
+        st.builds(m.Share, u64, request, ref),
         st.just(m.Ping()),
         st.just(m.Resync()),
     ),
