@@ -25,6 +25,8 @@ def choose(source: Endpoint, target: Endpoint, wanted: str = "auto", avoid: Coll
 def _possible(name: str, source: Endpoint, target: Endpoint) -> bool:
     if name in ("cuda-ipc", "shm") and not (source.host == target.host and as_kept(source.format, target.format)):
         return False  # the target fetches rows as the source keeps them, on the machine that both are on
+    if name == "process-group" and len({door.get(name) for end in (source, target) for door in end.doors}) > 1:
+        return False  # NCCL and gloo do not meet
     return all(name in door for end in (source, target) for door in end.doors)
 
 

@@ -6,6 +6,7 @@ source ── Greeting ──▶ target ── "" or why not ──▶ source �
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import struct
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _CREDIT = b"+"
 _MAX_GREETING = 64 << 10
+_LOOK_AHEAD = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,11 @@ class SocketLink:
         deadline = struct.pack("@ll", int(patience), int(patience % 1 * 1e6))  # a struct timeval
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
 
+    @property
+    def socket(self) -> socket.socket:
+        """For what the two ends have to say to each other before the first frame."""
+        return self._socket
+
     def send(self, header: FrameHeader, payload: memoryview | None = None) -> None:
         """Raises `WorkerLost` where the target does not read within the patience, or is gone."""
         head = wire.pack(header)
@@ -108,6 +115,23 @@ class SocketLink:
     def close(self) -> None:
         """Wake whoever waits here. Idempotent."""
         sockets.hang_up(self._socket)
+
+
+def waiting_headers(connection: socket.socket, most: int) -> list[FrameHeader]:
+    """Headers that have come and still wait to be read, up to `most`, on a lane whose socket carries no bytes."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    if not poll.poll(0):
+        return []
+    rest = connection.recv(_LOOK_AHEAD, socket.MSG_PEEK)
+    headers: list[FrameHeader] = []
+    while len(rest) >= 4 and len(headers) < most:
+        end = 4 + int.from_bytes(rest[:4], "little")
+        if end > len(rest):
+            break
+        headers.append(wire.unpack(rest[4:end]))
+        rest = rest[end:]
+    return headers
 
 
 MakeTaker = Callable[[Greeting, socket.socket], Taker]

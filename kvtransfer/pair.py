@@ -3,8 +3,8 @@
 The two find each other over their lane's authenticated socket: torch's own store would tell anybody where they listen.
 A pair fails as a whole and for good: whoever waits too long, or is told that the other end hung up, makes another.
 
-gloo between CPUs, NCCL between GPUs. What NCCL does here has not been seen at work: it refuses two ranks on one GPU, and
-no machine with two was to be had.
+gloo between CPUs, NCCL between GPUs. NCCL has not been seen at work here: it refuses two ranks on one GPU, and no
+machine with two was to be had.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.distributed
 
 from ..common import sockets
-from ..common.errors import BatonError, HandoverFailed, TransportFailed, WorkerLost
+from ..common.errors import HandoverFailed, TransportFailed, WorkerLost
 
 _c10d: Any = torch.distributed
 """Any: torch's type stubs do not know what its single backends can do."""
@@ -46,22 +46,14 @@ class Pair:
         self._peer = 1 if source else 0
         self._aborted = False
         self._nccl = device.type == "cuda"
-        kind = _c10d.ProcessGroupNCCL if self._nccl else _c10d.ProcessGroupGloo
-        options = kind.Options() if self._nccl else kind._Options()
-        options._timeout = timedelta(seconds=patience)
-        if self._nccl:  # a wait blocks and raises in time, as gloo's does, and does not end the process
-            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
-        else:
-            options._devices = [kind.create_device(hostname=host)]
-            options._threads = 1
         before = connection.gettimeout()
         connection.settimeout(patience)
         try:
-            self._group = kind(_Meeting(connection), 1 - self._peer, 2, options)
+            self._group = (_nccl_group if self._nccl else _gloo_group)(
+                _Meeting(connection), 1 - self._peer, host, patience
+            )
             first = torch.zeros(1, dtype=torch.uint8, device=device)  # NCCL connects when it is first used
             (self.send(first) if source else self.receive(first))()
-        except BatonError:
-            raise
         except RuntimeError as error:
             raise TransportFailed(f"no pair can be made: {_first_line(error)}") from error
         finally:
@@ -103,7 +95,22 @@ class Pair:
             vain.wait(timedelta(milliseconds=1))
 
 
-class _Meeting(torch.distributed.Store):
+def _gloo_group(meeting: _Meeting, rank: int, host: str, patience: float) -> Any:
+    options = _c10d.ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=patience)
+    options._threads = 1  # for what takes more than two; not for sends
+    options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
+    return _c10d.ProcessGroupGloo(meeting, rank, 2, options)
+
+
+def _nccl_group(meeting: _Meeting, rank: int, host: str, patience: float) -> Any:
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # a wait that takes too long raises, and does not end the process
+    options = _c10d.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=patience)
+    return _c10d.ProcessGroupNCCL(meeting, rank, 2, options)
+
+
+class _Meeting(_c10d.Store):  # type: ignore[misc]
     """What two ranks tell each other to find each other: a store of two, over a socket with a timeout."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -122,7 +129,7 @@ class _Meeting(torch.distributed.Store):
     def check(self, keys: list[str]) -> bool:
         return all(key in self._said for key in keys)
 
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         while not self.check(keys):
             try:
                 key, value = msgpack.unpackb(sockets.receive(self._connection, _MAX_MESSAGE))

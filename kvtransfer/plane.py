@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..common.clock import Clock
 from ..common.config import HandoverConfig
@@ -21,10 +22,13 @@ from .grpc_link import GrpcLink
 from .inlet import RankInlet
 from .inline import InlineGiver, InlineTaker
 from .layout import Route, as_kept, routes
-from .link import Greeting, LaneServer, SocketLink
+from .link import Greeting, LaneServer, MakeTaker, SocketLink
 from .outlet import LaneOutlet
 from .shm import PeerMemory, SharedMemory, ShmGiver, ShmTaker
 from .transport import Giver, Store, Taker
+
+if TYPE_CHECKING:  # a plane without process groups needs no torch
+    from .process_group import ProcessGroups
 
 Event = Filled | Spoiled | TransportBroken
 
@@ -32,11 +36,12 @@ Event = Filled | Spoiled | TransportBroken
 class Plane:
     """What moves KV in and out of one rank of worker `ref`. `post` gets what the engine loop has to know, from any
     thread. `shared`: the pool's memory, where peers can see it. `grpc`: where gRPC lanes reach this rank, if anywhere.
-    `loop`: the process's event loop, which gRPC runs on."""
+    `loop`: the process's event loop, which gRPC runs on. `groups`: what makes process groups, if anything does."""
 
     def __init__(
         self, ref: WorkerRef, store: Store, config: HandoverConfig, token: str, host: str, clock: Clock,
         loop: asyncio.AbstractEventLoop, post: Callable[[Event], None], shared: SharedMemory | None, grpc: str,
+        groups: ProcessGroups | None = None,
     ) -> None:  # fmt: skip
         self.store = store
         self.inlet = RankInlet(store, clock, post)
@@ -46,7 +51,10 @@ class Plane:
         self._token = token
         self._loop = loop
         self._shared = shared
-        takers = {"tcp": lambda _, connection: InlineTaker(connection), "shm": self._shm_taker}
+        self._groups = groups
+        takers: dict[str, MakeTaker] = {"tcp": lambda _, connection: InlineTaker(connection), "shm": self._shm_taker}
+        if groups is not None:
+            takers["process-group"] = groups.taker
         self._server = LaneServer(ref, store.rank, self.inlet, takers, config.lease_s)
         self._listener = Listener(host, 0, token, self._server.serve, "lane")
         self.door: Mapping[str, str] = self._addresses(grpc)
@@ -64,6 +72,8 @@ class Plane:
         addresses = {"tcp": self._listener.address}
         if self._shared is not None:
             addresses["shm"] = self._shared.address(self.store.num_blocks)
+        if self._groups is not None:
+            addresses["process-group"] = self._groups.door
         if grpc:
             addresses["grpc"] = grpc
         return addresses
@@ -84,6 +94,8 @@ class Plane:
         lane = SocketLink(door["tcp"], self._token, greeting, patience)
         if transport == "shm" and self._shared is not None:
             return ShmGiver(lane, self.store, self._shared, route)
+        if transport == "process-group" and self._groups is not None:
+            return self._groups.giver(lane, self.store, route, target.format)
         return InlineGiver(lane, self.store, route, target.format)
 
     def _shm_taker(self, greeting: Greeting, _: socket.socket) -> Taker:

@@ -27,13 +27,11 @@ import torch
 from ..common import sockets
 from ..common.errors import HandoverFailed, TransportFailed, WorkerLost
 from ..common.kv_format import KvFormat
-from . import wire
-from .inline import MAX_FRAME
 from .layout import Cut, Route, piece_bytes
 from .link import Greeting, SocketLink, waiting_headers
 from .pair import Done, Pair
 from .transport import Store
-from .wire import Checksums, FrameHeader
+from .wire import MAX_FRAME, Checksums, FrameHeader
 
 _AHEAD = 2
 """Frames that a target lets come while it lands another."""
@@ -69,7 +67,7 @@ class ProcessGroups:
         """Where a lane's kernels and copies run, so that the engine's do not wait for them."""
         if self.device.type == "cpu":
             return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self.device))
+        return torch.cuda.stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
 
 
 class _Staging:

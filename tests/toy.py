@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from baton.common.types import Request, Role, SamplingParams, WorkerRef
 from baton.engine.plan import OnLayer, Sampled, Slice, StepPlan
 from baton.kvtransfer.host_store import Bytes, HostStore
 from baton.kvtransfer.shm import SharedMemory
+
+if TYPE_CHECKING:
+    from baton.kvtransfer.process_group import ProcessGroups
 
 LAYERS = 3
 BLOCK_SIZE = 4
@@ -113,6 +117,7 @@ class ToyEngine:
     max_model_len: int = 200
     vocab_size: int = VOCAB
     eos_ids: frozenset[int] = frozenset({EOS})
+    groups: ProcessGroups | None = None
 
     def __post_init__(self) -> None:
         self.pool = ToyPool(self.num_blocks)

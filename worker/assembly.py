@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..common.clock import Clock
 from ..common.config import WorkerConfig
@@ -32,6 +32,9 @@ from .intake import Intake
 from .links import RouterLines, SourceLines, TargetLines
 from .sharing import CacheHost, Sharing
 
+if TYPE_CHECKING:  # it needs torch, and not all workers do
+    from ..kvtransfer.process_group import ProcessGroups
+
 CHECK_TIMEOUT_S = 10.0
 """How long an operator's question may wait for the loop to come round."""
 
@@ -46,6 +49,11 @@ class Computes(Protocol):
     @property
     def shared(self) -> SharedMemory | None:
         """The pool's memory, where other processes of this machine may see it."""
+        ...
+
+    @property
+    def groups(self) -> ProcessGroups | None:
+        """What makes process groups, where the compute side can."""
         ...
 
     @property
@@ -100,7 +108,7 @@ class Worker:
         )
         self.plane = Plane(
             self.ref, engine.store, config.handover, config.cluster_token, config.host, clock, self._events,
-            self.inbox.post, engine.shared, address,
+            self.inbox.post, engine.shared, address, engine.groups,
         )  # fmt: skip
         own = Endpoint(self.ref, engine.fingerprint, engine.store.format, this_host(), (self.plane.door,))
         context = Context(endpoint=own, table=table, outbox=Outbox(), limits=limits, handover=config.handover)

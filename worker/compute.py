@@ -15,6 +15,7 @@ from ..engine.runner import Engine, build_engine
 from ..engine.weights import Progress
 from ..kvtransfer.convert import convert
 from ..kvtransfer.host_store import HostStore
+from ..kvtransfer.process_group import ProcessGroups
 from ..kvtransfer.shm import SharedMemory, available
 from ..kvtransfer.transport import Store
 
@@ -26,6 +27,7 @@ class Compute:
     engine: Engine
     store: Store
     shared: SharedMemory | None
+    groups: ProcessGroups | None
 
     @property
     def runner(self) -> Runner:
@@ -71,4 +73,5 @@ def build(config: WorkerConfig, progress: Progress, followers: Followers | None 
     if pool.memory is None:
         raise InvalidRequest("KV pools on an accelerator cannot be handed over yet", param="device")
     store = HostStore(pool.memory, pool.format, pool.rank, pool.num_blocks, convert, checked=config.handover.checksums)
-    return Compute(engine, store, pools[0] if pools else None)
+    groups = ProcessGroups(torch.device("cpu"), config.host, config.handover.lease_s)
+    return Compute(engine, store, pools[0] if pools else None, groups)

@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+import torch
 
 from baton.common.config import RouterConfig
 from baton.common.errors import TransportFailed
 from baton.common.types import Role
+from baton.kvtransfer.process_group import ProcessGroups
 from baton.kvtransfer.transport import ORDER
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from tests.house import House
-from tests.toy import oracle, request
+from tests.toy import ToyEngine, oracle, request
 
 PROMPT = list(range(40, 61))
 HERE = ("shm", "tcp", "grpc")
@@ -53,10 +55,15 @@ def used(worker: Worker) -> set[str]:
     return {transport for _, _, transport in worker.plane.outlet._lanes}
 
 
-@pytest.mark.parametrize("transport", HERE)
+def engine() -> ToyEngine:
+    """One that can have process groups as well."""
+    return ToyEngine(groups=ProcessGroups(torch.device("cpu"), "127.0.0.1", patience=2.0))
+
+
+@pytest.mark.parametrize("transport", [*HERE, "process-group"])
 async def test_each_transport_carries(house: House, router: Router, transport: str) -> None:
-    prefill = await house.worker("prefill-0", Role.PREFILL)
-    await house.worker("decode-0", Role.DECODE, transport=transport)
+    prefill = await house.worker("prefill-0", Role.PREFILL, engine())
+    await house.worker("decode-0", Role.DECODE, engine(), transport=transport)
     for seed in range(4):
         prompt = [seed, *PROMPT]
         assert await answer(router, str(seed), prompt) == oracle(prompt, 12)
