@@ -82,14 +82,14 @@ class DecodeRole:
             tokens + context.handover.headroom_tokens, sequence.max_len, context.limits.max_model_len,
             table.manager.num_blocks * table.block_size,
         )  # fmt: skip
-        if not table.admit(sequence, tokens, room):
+        # The last token's block does not count as cached: should the commit bring no token, its KV is computed here.
+        if not table.admit(sequence, tokens - 1, room):
             raise PoolFull(f"no room for {room} tokens; {table.manager.available} blocks are available")
 
     def take(self, sequence: Sequence, tokens: tuple[TokenOut, ...]) -> None:
         """See `engine.role.Host`."""
         for token in tokens:
-            sequence.tokens.append(token.token)
-            self._context.emit(sequence, Sampled(token.token, token.logprob))
+            self._context.outbox.token(sequence.key, token.position, token.token, token.logprob)
         self.join(sequence)
 
     def join(self, sequence: Sequence) -> None:

@@ -16,6 +16,9 @@ from .mailbox import InboxItem, Outbox
 from .plan import Sampled, Slice, StepPlan
 from .sequence import Sequence
 
+MAX_CODES = 64
+"""Reasons of failed handovers that are counted apart."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -50,6 +53,9 @@ class Stats:
     decode_batch: float = 0.0
 
     def aborted(self, code: str) -> None:
+        """Count a handover that failed. Codes may be a peer's own, so their number is bounded."""
+        if code not in self.handover_aborts and len(self.handover_aborts) >= MAX_CODES:
+            code = BatonError.code
         self.handover_aborts[code] = self.handover_aborts.get(code, 0) + 1
 
 
@@ -100,7 +106,7 @@ class Host(Protocol):
         ...
 
     def take(self, sequence: Sequence, tokens: tuple[TokenOut, ...]) -> None:
-        """It is ours now. `tokens` are new, and the router is to be told of them."""
+        """It is ours now. `tokens`, the last of the sequence's, are new, and the router is to be told of them."""
         ...
 
 

@@ -5,6 +5,7 @@ Both directions raise `InvalidRequest` where a value does not fit its type or a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -227,6 +228,8 @@ def _commit_to_wire(value: Commit) -> Any:
 
 
 def _commit_from_wire(message: Any) -> Commit:
+    if math.isnan(message.deadline_s):
+        raise InvalidRequest("deadline_s is not a number", param="deadline_s")
     return Commit(message.handover_id, tuple(map(token_from_wire, message.tokens)), message.deadline_s)
 
 

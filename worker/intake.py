@@ -43,13 +43,14 @@ from ..engine.role import Computeless, Context, Host
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.choose import choose
 from ..kvtransfer.layout import routes
-from ..kvtransfer.session import TargetHandover
+from ..kvtransfer.session import State, TargetHandover
 from ..kvtransfer.transport import Inlet
 
 log = logging.getLogger(__name__)
 
 REMEMBERED = 4096
-"""Committed handovers that are remembered, so that a commit that comes twice gets its answer twice."""
+"""Handovers that are remembered when they are over, so that what comes twice or late finds no second life, and a commit
+that comes twice gets its answer twice."""
 
 
 @dataclass(eq=False, slots=True)
@@ -79,7 +80,7 @@ class Intake(Computeless):
         self._inlet = inlet
         self._hosts = hosts
         self._incoming: dict[HandoverKey, Incoming] = {}
-        self._committed: dict[HandoverKey, None] = {}
+        self._over: dict[HandoverKey, State] = {}
 
     # --- messages ---
 
@@ -112,23 +113,33 @@ class Intake(Computeless):
             return
         key = (name, epoch, message.handover_id)
         if isinstance(message, Reserve):
-            if key not in self._incoming and key not in self._committed:
+            if key not in self._incoming and key not in self._over:
                 self._reserve(key, source, message, now)
         elif incoming := self._incoming.get(key):
             if isinstance(message, Abort):
                 self._abort(incoming, HandoverFailed(message.message), tell=False, code=message.code)
             elif incoming.state.commit(message):
-                self._inlet.expect(key, self._context.table.blocks_for(incoming.kv_tokens))
+                self._expect(incoming, message)
         elif isinstance(message, Commit):
             self._late_commit(key, source.ref, message)
 
     def _late_commit(self, key: HandoverKey, source: WorkerRef, message: Commit) -> None:
         """A commit for what is not open here: done already, or given up."""
-        if key in self._committed:
+        if self._over.get(key) is State.COMMITTED:
             self._context.outbox.to_source(source, Committed(message.handover_id))
         else:
             error = StaleAttempt("no such reservation is open (any more)")
             self._context.outbox.to_source(source, Abort(message.handover_id, error.code, error.message))
+
+    def _expect(self, incoming: Incoming, commit: Commit) -> None:
+        """All is announced. A commit that does not follow from what was reserved for ends the handover."""
+        known, tokens = len(incoming.sequence.tokens), commit.tokens
+        if [t.position for t in tokens] != list(range(known, known + len(tokens))):
+            self._abort(incoming, HandoverFailed(f"the commit's tokens do not follow the {known} that are known"))
+        elif known + len(tokens) > self._context.limits.max_model_len:
+            self._abort(incoming, HandoverFailed(f"{known + len(tokens)} tokens do not fit this worker"))
+        else:
+            self._inlet.expect(incoming.key, self._context.table.blocks_for(incoming.kv_tokens))
 
     def _reserve(self, key: HandoverKey, source: Endpoint, message: Reserve, now: float) -> None:
         """Blocks, the cached prefix among them pinned; or no, at once."""
@@ -174,12 +185,10 @@ class Intake(Computeless):
         commit = incoming.state.conclude()
         if commit is None:
             return
+        sequence, here = incoming.sequence, incoming.kv_tokens
         self._close(incoming)
-        self._committed[incoming.key] = None
-        if len(self._committed) > REMEMBERED:
-            del self._committed[next(iter(self._committed))]
-        sequence = incoming.sequence
-        self._context.table.advance(sequence, incoming.kv_tokens - sequence.computed)
+        sequence.tokens += [token.token for token in commit.tokens]
+        self._context.table.advance(sequence, here - sequence.computed)
         sequence.deadline = now + commit.deadline_s
         self._context.outbox.to_source(incoming.source, Committed(commit.handover_id))
         self._hosts[incoming.purpose].take(sequence, commit.tokens)
@@ -187,6 +196,9 @@ class Intake(Computeless):
     def _close(self, incoming: Incoming) -> None:
         self._inlet.close(incoming.key)  # from here on nobody writes the blocks
         del self._incoming[incoming.key]
+        self._over[incoming.key] = incoming.state.state
+        if len(self._over) > REMEMBERED:
+            del self._over[next(iter(self._over))]
 
     def _abort(self, incoming: Incoming, error: BatonError, tell: bool = True, code: str = "") -> None:
         incoming.state.abort()

@@ -30,6 +30,7 @@ from ..common.messages import (
 )
 from ..common.types import WorkerInfo, WorkerRef
 from ..engine.mailbox import FromRouter, FromSource, FromTarget, Inbox, RouterGone, RouterJoined, SourceGone, TargetGone
+from ..kvtransfer.layout import routes
 from ..protos.convert import FromRouter as RouterSays
 from ..protos.convert import FromSource as SourceSays
 from ..protos.convert import FromTarget as TargetSays
@@ -250,6 +251,7 @@ class TargetLines:
                 hello = await stream.read()
             if not isinstance(hello, Endpoint) or hello.ref != target:
                 raise StaleEpoch(f"{target.name} has been restarted")
+            routes(self._own.format, hello.format)  # raises where it keeps the KV of another model
             await _either(
                 self._listen(stream, hello), line.pump(stream, self._lease_s / 3, lambda: self._renewal(target))
             )
