@@ -101,6 +101,8 @@ class RouterConfig:
     """Workers lost while they held a request, before it fails as `PoisonRequest`."""
     place_timeout_s: float = 30.0
     """How long a request may wait for a worker to appear or to have room."""
+    return_answers: bool = False
+    """Hand the KV of each answer back to the prefill worker of its prompt, where a next turn will find it."""
     max_index_blocks: int = 4_000_000
     """Bound of the prefix index, in (hash, worker) entries."""
 

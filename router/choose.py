@@ -116,6 +116,15 @@ def choose(workers: Sequence[Worker], demand: Demand, cached: Mapping[str, int],
     return Choice(source, decode, cost, demand.tokens - uncached, uncached, _reason(source, fitting, cached))
 
 
+def choose_decode(workers: Sequence[Worker], demand: Demand, turn: int) -> Worker | None:
+    """The worker on which a request that runs elsewhere would best go on; None where none has room."""
+    rates = _Rates.of(workers)
+    fitting = [w for w in workers if w.info.role.decodes and demand.tokens < w.longest]
+    roomy = [w for w in fitting if _missing_blocks(w, demand.tokens, {}) <= w.available_blocks]
+    options = [(_decode_cost(w, demand, rates), w) for w in roomy]
+    return _cheapest(options, turn)[1] if options else None
+
+
 def _prefill_cost(worker: Worker, demand: Demand, cached: Mapping[str, int], rates: _Rates) -> float:
     rate = (worker.load.prefill_tokens_per_s if worker.load else 0.0) or rates.prefill
     return (worker.queued_tokens + _uncached(worker, demand, cached)) / rate

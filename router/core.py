@@ -30,6 +30,7 @@ from ..common.errors import (
 )
 from ..common.messages import Cancel, Failed, Load, Resync, RouterMessage, StepReport, Submit, TokenOut
 from ..common.types import FinishReason, Request, WorkerInfo
+from . import moves
 from .choose import Choice
 from .fleet import Attempt, Worker
 from .placement import Placement
@@ -139,13 +140,26 @@ class RouterCore:
                 self._effects.sends.append((name, Resync()))
         for started in report.started:
             if state := self._tickets.get(started.ticket):
-                _started(state, started.cached_tokens, now)
+                state.started(started.cached_tokens, now)
         self._take_tokens(name, report.tokens, now)
         for handed in report.handed_over:
             if (state := self._tickets.get(handed.ticket)) and state.attempt:
-                self._handed_over(state, state.attempt, now)
+                if state.attempt.moving and name == state.attempt.decoder:
+                    self._moved(state, state.attempt, now)
+                else:
+                    self._handed_over(state, state.attempt, now)
+        for stayed in report.stayed:
+            if (state := self._tickets.get(stayed.ticket)) and state.attempt and name == state.attempt.decoder:
+                self.stats.moves["stayed"] += 1
+                state.attempt.moving, state.attempt.not_before = None, now + moves.TRY_AGAIN_S
         for finished in report.finished:
             if state := self._tickets.get(finished.ticket):
+                if state.attempt and state.attempt.early:
+                    self._again(state, HandoverFailed("it ended before all of it was here"), "", told=name, now=now)
+                    continue
+                if self.config.return_answers and (sent := moves.share_back(self._fleet, state, self._next_ticket)):
+                    self._next_ticket += 1
+                    self._effects.sends.append(sent)
                 self._retire(state)
                 self._finish(state, finished.reason)
         for failed in report.failed:
@@ -168,6 +182,7 @@ class RouterCore:
             self._fail(state, DeadlineExceeded(f"not done after {now - state.received:.1f} s"))
         for state in [s for s, waiting in self._waiting.items() if now >= waiting.next_try]:
             self._place(state, now)
+        self._effects.sends += moves.due(self._fleet, self._tickets, now)
 
     # --- numbers ---
 
@@ -204,7 +219,7 @@ class RouterCore:
                 continue
             gap = token.position - state.position
             if gap:
-                if gap > 0:
+                if gap > 0 and not moves.ahead(state.attempt, name, token):
                     error = HandoverFailed(f"a token at {token.position} where {state.position} was next")
                     self._again(state, error, name, told=name, now=now)
                 continue
@@ -235,6 +250,16 @@ class RouterCore:
             if state.handover_done is None:
                 state.handover_done = now
 
+    def _moved(self, state: RequestState, attempt: Attempt, now: float) -> None:
+        """The worker that it was moved from has said all that it had to say."""
+        self.stats.moves["moved"] += 1
+        early, attempt.early = attempt.early, []
+        if target := moves.arrived(self._fleet, attempt):
+            self._take_tokens(target.name, early, now)
+        else:
+            gone = WorkerLost("the worker that it was moved to is gone")
+            self._again(state, gone, "", told="", now=now)
+
     def _bound(self, state: RequestState) -> None:
         if len(state.fresh) > MAX_BACKLOG:
             self._abandon(state)
@@ -261,7 +286,7 @@ class RouterCore:
         if state is None or state.attempt is None:
             return
         attempt = state.attempt
-        if name != attempt.decoder and not attempt.source:
+        if name != attempt.decoder and not attempt.source and not (attempt.moving and name == attempt.moving.name):
             return  # the decode worker has it: what becomes of the prefill worker's side does not matter
         error = from_code(failed.code, f"worker {name}: {failed.message}", RETRY_AFTER_S)
         if error.retryable:
@@ -317,13 +342,9 @@ class RouterCore:
         source, target = choice.prefill.info, choice.decode.info if choice.decode else None
         decoder = choice.decode or choice.prefill
         attempt = Attempt(
-            ticket=self._next_ticket,
-            prefill=source.ref.name,
-            decode=target.ref.name if target else None,
-            tokens=choice.uncached,
-            begins=len(state.output),
-            blocks=-(-state.position // decoder.info.block_size),
-        )
+            self._next_ticket, source.ref.name, target.ref.name if target else None, choice.uncached,
+            -(-state.position // decoder.info.block_size), len(state.output),
+        )  # fmt: skip
         self._next_ticket += 1
         self._fleet.charge(attempt)
         self._tickets[attempt.ticket] = state
@@ -351,10 +372,13 @@ class RouterCore:
 
     def _abandon(self, state: RequestState, told: str = "") -> None:
         """Retire the current ticket and tell the workers that hold it, but for the one that knows."""
-        ticket = state.attempt.ticket if state.attempt else 0
-        for name in self._retire(state):
-            if name != told:
-                self._effects.sends.append((name, Cancel(ticket)))
+        attempt = state.attempt
+        if attempt is None:
+            return
+        holders = self._retire(state)
+        if attempt.moving is not None and attempt.moving.name in self._fleet.workers:
+            holders.append(attempt.moving.name)
+        self._effects.sends += [(name, Cancel(attempt.ticket)) for name in holders if name != told]
 
     def _finish(self, state: RequestState, reason: FinishReason) -> None:
         self.stats.finished[reason.value] += 1
@@ -373,10 +397,3 @@ class RouterCore:
         if not state.touched:
             state.touched = True
             self._effects.news.append(state)
-
-
-def _started(state: RequestState, cached_tokens: int, now: float) -> None:
-    state.waited_s = 0.0  # somebody took it
-    if state.prefill_start is None:
-        state.prefill_start = now
-        state.cached_tokens = cached_tokens

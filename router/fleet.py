@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..common.messages import Load
-from ..common.types import Role, WorkerInfo
+from ..common.messages import Load, TokenOut
+from ..common.types import Role, WorkerInfo, WorkerRef
 
 
 @dataclass(slots=True)
@@ -24,6 +24,12 @@ class Attempt:
     begins: int = 0
     begun: bool = False
     source: bool = True
+    moving: WorkerRef | None = None
+    """Where it is on its way to, while it runs."""
+    early: list[TokenOut] = field(default_factory=list)
+    """What came from there ahead of what it left says last."""
+    not_before: float = 0.0
+    """When it may be moved: not at once after that could not be done."""
 
     @property
     def decoder(self) -> str:
@@ -128,6 +134,15 @@ class Fleet:
             source.own_tokens -= attempt.tokens
             source.tickets.discard(attempt.ticket)
         attempt.tokens = 0
+
+    def moved(self, attempt: Attempt, target: Worker) -> None:
+        """Another worker decodes it from here on."""
+        if worker := self._holder(attempt, attempt.decoder):
+            worker.tickets.discard(attempt.ticket)
+            worker.own_batch -= 1
+        target.tickets.add(attempt.ticket)
+        target.own_batch += 1
+        attempt.decode, attempt.source, attempt.moving = target.name, False, None
 
     def release(self, attempt: Attempt) -> list[str]:
         """Take an attempt out of all books. Returns the workers that are there and still held it."""

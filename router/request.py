@@ -101,6 +101,13 @@ class RequestState:
             chain = self.chains[hasher.block_size] = hasher.chain(tokens, self.request.tenant)
         return chain
 
+    def started(self, cached_tokens: int, now: float) -> None:
+        """A worker has taken it."""
+        self.waited_s = 0.0
+        if self.prefill_start is None:
+            self.prefill_start = now
+            self.cached_tokens = cached_tokens
+
     def take(self) -> Batch:
         """What has arrived since the last call. Raises the request's error once all tokens before it are taken."""
         tokens, self.fresh = self.fresh, []

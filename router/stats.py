@@ -18,6 +18,7 @@ class Stats:
     failed       requests by error code, refused at the door included
     retries      attempts given up, by error code
     losses       workers lost
+    moves        running requests that were to move to another worker: moved or stayed
     """
 
     submitted: int = 0
@@ -30,6 +31,7 @@ class Stats:
     retries: Counter[str] = field(default_factory=Counter)
     losses: int = 0
     resyncs: int = 0
+    moves: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
