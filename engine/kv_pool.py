@@ -49,14 +49,15 @@ class KvPool:
              with gaps between rows where they are quantised
     scales   one float32 tensor a layer, [num_blocks, 2, heads_per_rank, block_size]; none where nothing is quantised
     kv       what the operations take: `layers`, or whole quantised rows [num_blocks, 2, heads_per_rank, row_bytes]
-    memory   the pool as one flat array of bytes; None on an accelerator
+    flat     the pool as one flat tensor of bytes
+    memory   the same as an array; None on an accelerator
     """
 
     def __init__(self, format: KvFormat, rank: int, num_blocks: int, allocator: Allocator) -> None:
         self.format = format
         self.rank = rank
         self.num_blocks = num_blocks
-        flat = allocator(format.num_layers * num_blocks * format.block_bytes)
+        self.flat = flat = allocator(format.num_layers * num_blocks * format.block_bytes)
         self.memory: np.ndarray[Any, np.dtype[np.uint8]] | None = flat.numpy() if flat.device.type == "cpu" else None
         self._bytes = flat.view(format.num_layers, num_blocks, format.block_bytes)
         rows = flat.view(format.num_layers, num_blocks, 2, format.heads_per_rank, format.row_bytes)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..common.kv_format import SCALE_BYTES, KvFormat
 from ..kernels import move
 from .layout import Cut, Route, as_kept, in_payload, in_pool, piece_bytes, tokens_of
+from .transport import Mark
 from .wire import Checksums
 
 Bytes = NDArray[np.uint8]
@@ -32,6 +33,12 @@ class HostStore:
         self.memory = memory
         self._convert = convert
         self.checked = checked
+
+    def mark(self) -> Mark:
+        return _there
+
+    def buffer(self, size: int) -> memoryview:
+        return memoryview(bytearray(size))
 
     def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
         data = np.frombuffer(out, dtype=np.uint8)
@@ -57,8 +64,6 @@ class HostStore:
         self, peer: Bytes, peer_format: KvFormat, peer_blocks: int, layer: int, theirs: Sequence[int],
         blocks: Sequence[int], route: Route,
     ) -> Checksums:  # fmt: skip
-        """Copy pieces out of a peer's pool of `peer_blocks` blocks, which keeps rows as we do, into our own `blocks`.
-        Raises `IndexError` where it has no such blocks."""
         source = in_pool(peer_format, peer_blocks, layer, theirs, route.source_head, route.heads)
         target = self._at(layer, blocks, route.target_head, route.heads)
         half = piece_bytes(self.format, route) // 2
@@ -91,3 +96,7 @@ class HostStore:
         tokens = split[block, :, heads, slot]  # [tokens, 2, heads, width]
         shaped = tokens.reshape(part.count, target.block_size, 2, route.heads, width).transpose(0, 2, 3, 1, 4)
         return shaped.reshape(part.count * 2 * route.heads, target.block_size * width)
+
+
+def _there() -> None:
+    """What a processor has computed is in memory."""

@@ -20,19 +20,21 @@ from ..common.errors import BatonError, HandoverFailed, StaleAttempt
 from ..common.kv_format import KvFormat
 from ..common.messages import Filled, HandoverKey, Spoiled
 from .layout import Route, piece_bytes, routes
-from .transport import Store, Taker
+from .transport import Mark, Store, Taker
 from .wire import FrameHeader
 
 
 @dataclass(slots=True)
 class _Reservation:
-    """`arrived` [source ranks that send to us, layers, blocks]; `missing` counts what is expected and not there."""
+    """`arrived` [source ranks that send to us, layers, blocks]; `missing` counts what is expected and not there; from
+    `settled` on nothing that was computed earlier writes into the blocks."""
 
     attempt: int
     first: int
     blocks: tuple[int, ...]
     routes: dict[int, tuple[int, Route]]
     arrived: NDArray[np.bool_]
+    settled: Mark
     expected: int | None = None
     missing: int = 0
     touched: float | None = None
@@ -56,7 +58,7 @@ class RankInlet:
         mine = [r for r in routes(source, self._store.format) if r.target_rank == self._store.rank]
         self._reservations[key] = _Reservation(
             attempt, first, tuple(blocks), {r.source_rank: (i, r) for i, r in enumerate(mine)},
-            np.zeros((len(mine), self._store.format.num_layers, len(blocks)), dtype=np.bool_),
+            np.zeros((len(mine), self._store.format.num_layers, len(blocks)), dtype=np.bool_), self._store.mark(),
         )  # fmt: skip
 
     def expect(self, key: HandoverKey, last: int) -> None:
@@ -90,6 +92,7 @@ class RankInlet:
         reservation = self._reservations.get(key)
         if reservation is None or reservation.attempt != header.attempt:
             raise StaleAttempt(f"no reservation {header.handover_id} of attempt {header.attempt} is open here")
+        reservation.settled()  # without the lock, which the engine loop may want
         with reservation.lock:
             if not reservation.open:
                 raise StaleAttempt(f"reservation {header.handover_id} has just been closed")

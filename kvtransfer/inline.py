@@ -34,17 +34,17 @@ class InlineGiver:
         self._route = route
         self._target = target
         self._piece = piece_bytes(target, route)
-        self._staging = bytearray()
+        self._staging = store.buffer(0)
 
     def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
         size = part.count * self._piece
         if len(self._staging) < size:
-            self._staging = bytearray(size)
-        sums = self._store.pack(layer, part, self._route, self._target, memoryview(self._staging)[:size])
+            self._staging = self._store.buffer(size)
+        sums = self._store.pack(layer, part, self._route, self._target, self._staging[:size])
         return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes())
 
     def give(self, header: FrameHeader) -> None:
-        self._link.send(header, memoryview(self._staging)[: header.size])
+        self._link.send(header, self._staging[: header.size])
 
     def withdraw(self, handover_id: int) -> None:
         """What was packed may leave: the target takes it no more."""
@@ -59,17 +59,17 @@ class InlineGiver:
 class InlineTaker:
     """See `transport.Taker`. The bytes come out of the lane's own socket."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, store: Store) -> None:
         self._connection = connection
-        self._staging = bytearray()
-        self._data = memoryview(b"")
+        self._store = store
+        self._staging = self._data = store.buffer(0)
 
     def fetch(self, header: FrameHeader) -> None:
         if header.size > MAX_FRAME:
             raise HandoverFailed(f"a frame of {header.size} bytes")
         if len(self._staging) < header.size:
-            self._staging = bytearray(header.size)
-        self._data = memoryview(self._staging)[: header.size]
+            self._staging = self._store.buffer(header.size)
+        self._data = self._staging[: header.size]
         sockets.receive_exactly(self._connection, self._data)
 
     def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:

@@ -20,7 +20,7 @@ from ..common.messages import Endpoint, TransportBroken
 from ..common.types import WorkerRef
 from .layout import Cut, Route, piece_bytes, routes, split
 from .trace import TransferTrace
-from .transport import Giver, Offer, Store
+from .transport import Giver, Mark, Offer, Store
 from .wire import MAX_FRAME, MAX_PIECES
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,15 @@ class LaneOutlet:
         self._staged = list(offers)
 
     def layer(self, layer: int) -> None:
-        for offer in self._staged:
-            self._put(offer, layer)
+        if self._staged:
+            computed = self._store.mark()
+            for offer in self._staged:
+                self._put(offer, layer, computed)
 
     def offer(self, offer: Offer) -> None:
+        computed = self._store.mark()
         for layer in range(self._store.format.num_layers):
-            self._put(offer, layer)
+            self._put(offer, layer, computed)
 
     def close(self, handover_id: int) -> None:
         transfer = self._transfers.pop(handover_id, None)
@@ -111,13 +114,13 @@ class LaneOutlet:
             failed.add(event.transport)
         self._broken(event)
 
-    def _put(self, offer: Offer, layer: int) -> None:
+    def _put(self, offer: Offer, layer: int, computed: Mark) -> None:
         transfer = self._transfers.get(offer.handover_id)
         if transfer is None:  # it was closed while its step was planned
             return
         self.trace.computed(offer.handover_id, layer)
         for lane in transfer.lanes:
-            lane.put(transfer, offer, layer)
+            lane.put(transfer, offer, layer, computed)
 
     def _lane(self, target: Endpoint, route: Route, transport: str) -> _Lane:
         key = (target.ref, route.target_rank, transport)
@@ -138,12 +141,13 @@ class LaneOutlet:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """One frame to be made."""
+    """One frame to be made, of blocks that are as they should be from `computed` on."""
 
     transfer: _Transfer
     layer: int
     first: int
     cut: Cut
+    computed: Mark
 
 
 class _Lane:
@@ -175,9 +179,10 @@ class _Lane:
 
     # --- called by the engine loop ---
 
-    def put(self, transfer: _Transfer, offer: Offer, layer: int) -> None:
+    def put(self, transfer: _Transfer, offer: Offer, layer: int, computed: Mark) -> None:
         sizes = (self._store.format.block_size, self._target.format.block_size)
-        frames = [_Frame(transfer, layer, offer.first + i, part) for i, part in split(offer.cut, *sizes, self._run_of)]
+        parts = split(offer.cut, *sizes, self._run_of)
+        frames = [_Frame(transfer, layer, offer.first + i, part, computed) for i, part in parts]
         transfer.put += len(frames)
         with self._change:
             self._queue.extend(frames)
@@ -223,6 +228,7 @@ class _Lane:
 
     def _send(self, giver: Giver, frame: _Frame) -> None:
         transfer = frame.transfer
+        frame.computed()  # without the lock, which the engine loop may want
         with transfer.lock:
             if not transfer.open:
                 return

@@ -18,14 +18,14 @@ from ..common.sockets import Listener
 from ..common.types import WorkerRef
 from ..protos.rpc import Stream
 from . import grpc_link
+from .fetched import FetchGiver, Shared, fetch_taker
 from .grpc_link import GrpcLink
 from .inlet import RankInlet
 from .inline import InlineGiver, InlineTaker
-from .layout import Route, as_kept, routes
+from .layout import Route
 from .link import Greeting, LaneServer, MakeTaker, SocketLink
 from .outlet import LaneOutlet
-from .shm import PeerMemory, SharedMemory, ShmGiver, ShmTaker
-from .transport import Giver, Store, Taker
+from .transport import Giver, Store
 
 if TYPE_CHECKING:  # a plane without process groups needs no torch
     from .process_group import ProcessGroups
@@ -40,7 +40,7 @@ class Plane:
 
     def __init__(
         self, ref: WorkerRef, store: Store, config: HandoverConfig, token: str, host: str, clock: Clock,
-        loop: asyncio.AbstractEventLoop, post: Callable[[Event], None], shared: SharedMemory | None, grpc: str,
+        loop: asyncio.AbstractEventLoop, post: Callable[[Event], None], shared: Shared | None, grpc: str,
         groups: ProcessGroups | None = None,
     ) -> None:  # fmt: skip
         self.store = store
@@ -52,7 +52,11 @@ class Plane:
         self._loop = loop
         self._shared = shared
         self._groups = groups
-        takers: dict[str, MakeTaker] = {"tcp": lambda _, connection: InlineTaker(connection), "shm": self._shm_taker}
+        takers: dict[str, MakeTaker] = {"tcp": lambda _, connection: InlineTaker(connection, store)}
+        if shared is not None:
+            takers[shared.transport] = lambda greeting, _: fetch_taker(
+                shared, greeting.door, greeting.format, store.format
+            )
         if groups is not None:
             takers["process-group"] = groups.taker
         self._server = LaneServer(ref, store.rank, self.inlet, takers, config.lease_s)
@@ -71,7 +75,7 @@ class Plane:
     def _addresses(self, grpc: str) -> dict[str, str]:
         addresses = {"tcp": self._listener.address}
         if self._shared is not None:
-            addresses["shm"] = self._shared.address(self.store.num_blocks)
+            addresses[self._shared.transport] = self._shared.address(self.store.num_blocks)
         if self._groups is not None:
             addresses["process-group"] = self._groups.door
         if grpc:
@@ -92,17 +96,11 @@ class Plane:
             link = GrpcLink(door["grpc"], self._token, greeting, patience, self._loop)
             return InlineGiver(link, self.store, route, target.format)
         lane = SocketLink(door["tcp"], self._token, greeting, patience)
-        if transport == "shm" and self._shared is not None:
-            return ShmGiver(lane, self.store, self._shared, route)
+        if self._shared is not None and transport == self._shared.transport:
+            return FetchGiver(lane, self.store, self._shared, route)
         if transport == "process-group" and self._groups is not None:
             return self._groups.giver(lane, self.store, route, target.format)
         return InlineGiver(lane, self.store, route, target.format)
-
-    def _shm_taker(self, greeting: Greeting, _: socket.socket) -> Taker:
-        routes(greeting.format, self.store.format)  # raises where they hold the KV of different models
-        if not as_kept(greeting.format, self.store.format):
-            raise TransportFailed("rows that are kept in another way cannot be fetched")
-        return ShmTaker(PeerMemory(greeting.door, greeting.format), greeting.format)
 
 
 def this_host() -> str:

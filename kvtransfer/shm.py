@@ -20,18 +20,12 @@ import re
 import secrets
 import sys
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import HandoverFailed, TransportFailed
+from ..common.errors import TransportFailed
 from ..common.kv_format import KvFormat
-from .host_store import HostStore
-from .inline import Link
-from .layout import Cut, Route, piece_bytes
-from .transport import Store
-from .wire import Checksums, FrameHeader
 
 SLOTS = 4096
 """Handovers that can be open at a time, over all targets."""
@@ -47,8 +41,10 @@ def available() -> bool:
 
 
 class SharedMemory:
-    """`memory`: `size` bytes, zeroed; pages become real when they are first written. Made once, for a process's life.
-    Raises `OSError` where the system has no room for it."""
+    """See `fetched.Shared`. `memory`: `size` bytes, zeroed; pages become real when they are first written. Made once,
+    for a process's life. Raises `OSError` where the system has no room for it."""
+
+    transport = "shm"
 
     def __init__(self, size: int) -> None:
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -65,11 +61,9 @@ class SharedMemory:
         self._lock = threading.Lock()
 
     def address(self, num_blocks: int) -> str:
-        """How peers find it, and how many blocks they find."""
         return f"/proc/{os.getpid()}/fd/{self._file}:{num_blocks}:{self._stamp:016x}"
 
     def claim(self, handover_id: int) -> int:
-        """A slot that says that this handover's blocks stay as they are. Raises `TransportFailed` if none is left."""
         with self._lock:
             if not self._free:
                 raise TransportFailed(f"{SLOTS} handovers are open")
@@ -78,15 +72,17 @@ class SharedMemory:
         return slot
 
     def release(self, slot: int) -> None:
-        """From here on they may change."""
         self._slots[slot] = 0
         with self._lock:
             self._free.append(slot)
 
+    def peer(self, address: str, format: KvFormat) -> PeerMemory:
+        return PeerMemory(address, format)
+
 
 class PeerMemory:
-    """Somebody else's `SharedMemory`, mapped to read. Raises `TransportFailed` where it cannot be seen, or is not what
-    its owner says."""
+    """See `fetched.Peer`. Somebody else's `SharedMemory`, mapped to read. Raises `TransportFailed` where it cannot be
+    seen, or is not what its owner says."""
 
     def __init__(self, address: str, format: KvFormat) -> None:
         match = _ADDRESS.fullmatch(address)
@@ -115,70 +111,7 @@ class PeerMemory:
             raise TransportFailed("the pool that is found there is another one")
 
     def kept(self, slot: int, handover_id: int) -> bool:
-        """Whether the blocks of this handover were as they should be until now."""
         return slot < SLOTS and int(self._slots[slot]) == handover_id
-
-
-class ShmGiver:
-    """See `transport.Giver`. Sends no bytes: says where they are, and vouches for them."""
-
-    def __init__(self, link: Link, store: Store, shared: SharedMemory, route: Route) -> None:
-        self._link = link
-        self._store = store
-        self._shared = shared
-        self._route = route
-        self._piece = piece_bytes(store.format, route)
-        self._slots: dict[int, int] = {}
-
-    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
-        slot = self._slots.get(handover_id)
-        if slot is None:
-            slot = self._slots[handover_id] = self._shared.claim(handover_id)
-        sums = self._store.checksums(layer, part.blocks, self._route)
-        size = part.count * self._piece
-        return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes(), part.blocks, slot)
-
-    def give(self, header: FrameHeader) -> None:
-        self._link.send(header)
-
-    def withdraw(self, handover_id: int) -> None:
-        slot = self._slots.pop(handover_id, None)
-        if slot is not None:
-            self._shared.release(slot)
-
-    def credits(self) -> int:
-        return self._link.credits()
-
-    def close(self) -> None:
-        self._link.close()
-
-
-class ShmTaker:
-    """See `transport.Taker`."""
-
-    def __init__(self, peer: PeerMemory, format: KvFormat) -> None:
-        """`format`: of the source."""
-        self._peer = peer
-        self._format = format
-
-    def fetch(self, header: FrameHeader) -> None:
-        """Everything is there already."""
-
-    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
-        assert isinstance(store, HostStore), "shared memory is between pools in host memory"
-        if len(header.blocks) != header.count:
-            raise HandoverFailed("the frame does not say which blocks to fetch")
-        if max(header.blocks) >= self._peer.num_blocks:
-            raise HandoverFailed(f"the source has no block {max(header.blocks)}")
-        try:
-            sums = store.fetch(
-                self._peer.memory, self._format, self._peer.num_blocks, header.layer, header.blocks, blocks, route
-            )
-        except IndexError as error:  # it told others that it keeps its KV in another way
-            raise HandoverFailed(f"heads that the source does not have: {error}") from error
-        if not self._peer.kept(header.slot, header.handover_id):
-            raise HandoverFailed("the source gave the blocks up while they were copied")
-        return sums
 
     def close(self) -> None:
         """The mapping goes with its last reader."""

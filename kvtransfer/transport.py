@@ -18,9 +18,9 @@ Either way only the owner of memory writes into it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..common.kv_format import KvFormat
 from ..common.messages import Endpoint, HandoverKey
@@ -30,6 +30,11 @@ from .wire import Checksums, FrameHeader
 
 ORDER = ("cuda-ipc", "shm", "process-group", "tcp", "grpc")
 """All transports, the best first."""
+
+
+Mark = Callable[[], None]
+"""A point in the work that an engine has given to its device: calling it waits until the device is there. Raises
+`TransportFailed` where that takes too long."""
 
 
 class Store(Protocol):
@@ -49,6 +54,14 @@ class Store(Protocol):
         """Whether pieces are hashed; where they are not, all checksums are 0."""
         ...
 
+    def mark(self) -> Mark:
+        """Here, on the engine's thread: what it has computed may still be on its way into the pool."""
+        ...
+
+    def buffer(self, size: int) -> memoryview:
+        """Host memory from which, and to which, this pool's bytes get quickly."""
+        ...
+
     def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
         """Write the pieces that `part` covers, as `target` keeps them, one after the other to `out`."""
         ...
@@ -59,6 +72,14 @@ class Store(Protocol):
 
     def checksums(self, layer: int, blocks: Sequence[int], route: Route) -> Checksums:
         """What the pieces hash to that a peer fetches from these blocks."""
+        ...
+
+    def fetch(
+        self, peer: Any, peer_format: KvFormat, peer_blocks: int, layer: int, theirs: Sequence[int],
+        blocks: Sequence[int], route: Route,
+    ) -> Checksums:  # fmt: skip
+        """Copy pieces out of a peer's pool of `peer_blocks` blocks, which is memory of the kind that ours is and keeps
+        rows as we do, into our own `blocks`; what they hash to. Raises `IndexError` where it has no such blocks."""
         ...
 
 

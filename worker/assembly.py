@@ -22,8 +22,8 @@ from ..engine.loop import EngineLoop
 from ..engine.mailbox import Inbox, Inspect, Mail, Outbox
 from ..engine.plan import Runner
 from ..engine.role import Context, Host, Limits
+from ..kvtransfer.fetched import Shared
 from ..kvtransfer.plane import Plane, this_host
-from ..kvtransfer.shm import SharedMemory
 from ..kvtransfer.transport import Inlet, Outlet, Store
 from ..prefill.role import PrefillRole
 from ..protos import rpc
@@ -47,7 +47,7 @@ class Computes(Protocol):
     @property
     def store(self) -> Store: ...
     @property
-    def shared(self) -> SharedMemory | None:
+    def shared(self) -> Shared | None:
         """The pool's memory, where other processes of this machine may see it."""
         ...
 
