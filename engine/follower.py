@@ -33,6 +33,9 @@ STALL_S = 120.0
 HERE, PROGRESS, READY = "here", "progress", "ready"
 """What a follower reports while it starts: that it runs, the share that it has loaded, and that it has loaded all."""
 
+MEET = "meet"
+"""The command to make the `RankGroup`, in which none waits long for another: it comes when all run."""
+
 Handler = Callable[..., None]
 
 
@@ -142,6 +145,12 @@ class Follower:
         """Tell rank 0 something, from any thread."""
         with self._order:
             sockets.send(self._line, msgpack.packb([name, *arguments]))
+
+    def expect(self, command: str) -> None:
+        """Wait for one command. Raises `EngineBroken` where another one comes."""
+        found, *_ = _next(self._line)
+        if found != command:
+            raise EngineBroken(f"command {found!r} where {command!r} is expected")
 
     def follow(self, handlers: Mapping[str, Handler]) -> None:
         """Apply the commands that come, in order, until rank 0 hangs up, which raises `WorkerLost`. Raises

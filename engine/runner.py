@@ -15,7 +15,7 @@ from ..common.fingerprint import fingerprint
 from ..common.kv_format import KvFormat
 from ..common.types import Request, SamplingParams
 from .batch import Batch
-from .follower import HERE, READY, Followers
+from .follower import HERE, MEET, READY, Followers
 from .group import RankGroup
 from .kv_pool import KvPool, device_allocator
 from .model_config import ModelConfig
@@ -125,10 +125,11 @@ def build_engine(
 
 
 def _join(config: EngineConfig, followers: Followers) -> RankGroup:
-    """Rank 0's membership, made once all others run: from then on they do not keep each other waiting."""
+    """Rank 0's membership, made once all others run."""
     device, _ = resolve(config)
     shard(ModelConfig.load(Path(config.model)), config.tp)  # refuses what does not divide before it waits for anybody
     followers.wait_for(HERE)
+    followers.send(MEET)
     try:
         return RankGroup(followers.meeting, 0, config.tp, device, followers.timeout_s)
     except RuntimeError as error:

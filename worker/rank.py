@@ -17,7 +17,7 @@ from ..common.child import EXIT_FAILED, die_with, read_line
 from ..common.config import from_json
 from ..common.errors import BatonError, WorkerLost
 from ..engine.batch import Batch
-from ..engine.follower import PROGRESS, READY, Follower
+from ..engine.follower import MEET, PROGRESS, READY, Follower
 from ..engine.group import RankGroup
 from ..engine.rank import Rank, load_rank, resolve
 from ..engine.runner import RUN
@@ -47,6 +47,7 @@ def main() -> int:
 def follow(config: RankConfig) -> None:
     """Be this rank until rank 0 hangs up, which raises `WorkerLost`."""
     follower = Follower(config.address, config.token, config.rank, config.timeout_s)
+    follower.expect(MEET)
     device, _ = resolve(config.engine, config.rank)
     group = RankGroup(config.meeting, config.rank, config.engine.tp, device, config.timeout_s)
     rank = load_rank(config.engine, lambda share: follower.report(PROGRESS, share), group=group)

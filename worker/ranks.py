@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -54,11 +55,15 @@ class Ranks:
             )
             child = subprocess.Popen(
                 (sys.executable, "-P", "-m", "baton.worker.rank"),
-                stdin=subprocess.PIPE,
+                stdin=subprocess.PIPE,  # which stays open: when this process ends, so does the child
+                bufsize=0,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads[rank])},
             )
             self._children.append(child)
-            threading.Thread(target=self._watch, args=(rank, child, config), name=f"rank {rank}", daemon=True).start()
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has died already: the watch will tell
+                child.stdin.write(to_json(config) + b"\n")
+            threading.Thread(target=self._watch, args=(rank, child), name=f"rank {rank}", daemon=True).start()
 
     @property
     def pids(self) -> list[int]:
@@ -71,12 +76,10 @@ class Ranks:
             child.kill()  # there is nothing that a rank would have to finish
         for child in self._children:
             child.wait(END_TIMEOUT_S)
+            assert child.stdin is not None
+            child.stdin.close()
 
-    def _watch(self, rank: int, child: subprocess.Popen[bytes], config: RankConfig) -> None:
-        """On a thread of its own: tell the child what it is, and whoever waits for it when it ends."""
-        assert child.stdin is not None
-        with child.stdin as line:  # which stays open: its end is the child's
-            line.write(to_json(config) + b"\n")
-            line.flush()
-            code = child.wait()
+    def _watch(self, rank: int, child: subprocess.Popen[bytes]) -> None:
+        """On a thread of its own: wait for the child's end, for whatever reason."""
+        code = child.wait()
         self.followers.lose(f"rank {rank} ended with exit code {code}")

@@ -107,6 +107,18 @@ def test_an_unknown_command_ends_the_follower(followers: Followers) -> None:
         each.close()
 
 
+def test_the_first_command_may_be_one_that_is_waited_for(followers: Followers) -> None:
+    line = [join(followers, rank) for rank in (1, 2)]
+    followers.wait_for(HERE)
+    followers.send("meet")
+    followers.send("run")
+    for each in line:
+        each.expect("meet")
+        with pytest.raises(EngineBroken, match="command 'run' where 'meet' is expected"):
+            each.expect("meet")
+        each.close()
+
+
 def test_strangers_are_not_let_in(followers: Followers) -> None:
     with pytest.raises((Unauthorized, WorkerLost)):
         Follower(followers.address, "guess", 1)

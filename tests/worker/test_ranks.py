@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,10 +20,21 @@ from baton.engine.plan import Slice, StepPlan
 from baton.engine.runner import Engine, build_engine
 from baton.worker.ranks import Ranks
 
+from ..e2e.serving import eventually, gone
 from ..engine.test_model import advance, prompts, sequence, start
 from ..tiny import make_checkpoint
 
 TIMEOUT_S = 2.0
+
+WORKER = """
+import sys, time
+from baton.common.config import EngineConfig
+from baton.worker.ranks import Ranks
+ranks = Ranks("worker", EngineConfig(model=sys.argv[1], tp=2, device="cpu", threads=2))
+ranks.followers.wait_for("here")
+print(*ranks.pids, flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +91,14 @@ def test_a_rank_that_ends_before_it_is_ready_is_told_of(checkpoint: Path) -> Non
         os.kill(ranks.pids[0], signal.SIGKILL)
         with pytest.raises(EngineBroken, match="rank 1 ended with exit code -9"):
             build_engine(config, lambda share: None, followers=ranks.followers)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_ranks_end_with_their_worker_even_stopped_ones(checkpoint: Path, stopped: bool) -> None:
+    with subprocess.Popen([sys.executable, "-P", "-c", WORKER, str(checkpoint)], stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        child = psutil.Process(int(worker.stdout.readline()))
+        if stopped:
+            child.send_signal(signal.SIGSTOP)
+        worker.kill()
+    eventually(lambda: gone(child), "the rank has ended")
