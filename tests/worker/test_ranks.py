@@ -94,8 +94,9 @@ def test_a_rank_that_ends_before_it_is_ready_is_told_of(checkpoint: Path) -> Non
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_ranks_end_with_their_worker_even_stopped_ones(checkpoint: Path, stopped: bool) -> None:
-    with subprocess.Popen([sys.executable, "-P", "-c", WORKER, str(checkpoint)], stdout=subprocess.PIPE) as worker:
+def test_ranks_end_with_their_worker_even_stopped_ones(checkpoint: Path, tmp_path: Path, stopped: bool) -> None:
+    command, env = [sys.executable, "-P", "-c", WORKER, str(checkpoint)], os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as worker:
         assert worker.stdout is not None
         child = psutil.Process(int(worker.stdout.readline()))
         if stopped:
