@@ -69,9 +69,11 @@ def as_kept(source: KvFormat, target: KvFormat) -> bool:
 def in_pool(format: KvFormat, num_blocks: int, layer: int, blocks: Sequence[int], head: int, heads: int) -> Offsets:
     """Where the pieces of these blocks lie in a pool of one rank: byte offsets [blocks, 2] of their K and V halves,
     each `heads × row_bytes` long, from `head` on of the rank's own heads."""
-    rows = np.asarray(blocks, dtype=np.int64) + layer * num_blocks
-    keys = rows * format.block_bytes + head * format.row_bytes
-    return np.stack((keys, keys + format.block_bytes // 2), axis=1)
+    size, rows = format.block_bytes, np.asarray(blocks, dtype=np.int64)
+    places = np.empty((len(blocks), 2), dtype=np.int64)
+    places[:, 0] = (rows + layer * num_blocks) * size + head * format.row_bytes
+    places[:, 1] = places[:, 0] + size // 2
+    return places
 
 
 def in_payload(count: int, piece: int) -> Offsets:

@@ -7,7 +7,8 @@ the target. Where they land is the target's business alone.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import msgpack
 import numpy as np
@@ -45,25 +46,24 @@ class FrameHeader:
     blocks: tuple[int, ...] = ()
     slot: int = 0
 
-    def sums(self) -> Checksums:
-        """The checksums as numbers [count]."""
-        return np.frombuffer(self.checksums, dtype="<u8")
+
+_fields = attrgetter(*(field.name for field in fields(FrameHeader)))
+"""In their order. `astuple` would copy every block of a frame."""
 
 
 def pack(header: FrameHeader) -> bytes:
-    packed: bytes = msgpack.packb(astuple(header))
+    packed: bytes = msgpack.packb(_fields(header))
     return packed
 
 
 def unpack(data: bytes | memoryview) -> FrameHeader:
     """Raises `HandoverFailed` on anything that is not a header."""
     try:
-        fields = msgpack.unpackb(data, use_list=False)
-        handover_id, attempt, layer, first, count, size, checksums, blocks, slot = fields
+        handover_id, attempt, layer, first, count, size, checksums, blocks, slot = msgpack.unpackb(data, use_list=False)
         if type(blocks) is not tuple or type(checksums) is not bytes:
             raise ValueError("a field is not what it should be")
-        counts = (handover_id, attempt, layer, first, count, size, slot, *blocks)
-        if not all(type(n) is int and 0 <= n < 1 << 63 for n in counts):
+        numbers = (handover_id, attempt, layer, first, count, size, slot, *blocks)
+        if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 1 << 63:
             raise ValueError("a number is not what it should be")
         header = FrameHeader(handover_id, attempt, layer, first, count, size, checksums, blocks, slot)
         if header.count == 0 or len(checksums) != 8 * header.count or len(blocks) not in (0, header.count):
