@@ -46,20 +46,28 @@ class RankInlet:
     """Implements `transport.Inlet` for one rank: receives into `store`. `post` is told when a reservation is complete
     (`Filled`) or damaged (`Spoiled`)."""
 
-    def __init__(self, store: Store, clock: Clock, post: Callable[[Filled | Spoiled], None]) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, post: Callable[[Filled | Spoiled], None], late_s: float = 0.0
+    ) -> None:
+        """`late_s`: how long a frame waits for its reservation, where that may come later than its bytes."""
         self._store = store
         self._clock = clock
         self._post = post
+        self._late_s = late_s
+        self._opened = threading.Condition()
         self._reservations: dict[HandoverKey, _Reservation] = {}
 
     # --- called by the loop ---
 
     def open(self, key: HandoverKey, attempt: int, source: KvFormat, first: int, blocks: Sequence[int]) -> None:
         mine = [r for r in routes(source, self._store.format) if r.target_rank == self._store.rank]
-        self._reservations[key] = _Reservation(
+        reservation = _Reservation(
             attempt, first, tuple(blocks), {r.source_rank: (i, r) for i, r in enumerate(mine)},
             np.zeros((len(mine), self._store.format.num_layers, len(blocks)), dtype=np.bool_), self._store.mark(),
         )  # fmt: skip
+        with self._opened:
+            self._reservations[key] = reservation
+            self._opened.notify_all()
 
     def expect(self, key: HandoverKey, last: int) -> None:
         reservation = self._reservations[key]
@@ -89,6 +97,9 @@ class RankInlet:
         reservation (any more); `HandoverFailed` where the frame breaks the protocol, and then nothing is written, or
         is damaged, and then nobody will read what was."""
         key = (*source, header.handover_id)
+        if self._late_s:
+            with self._opened:
+                self._opened.wait_for(lambda: key in self._reservations, self._late_s)
         reservation = self._reservations.get(key)
         if reservation is None or reservation.attempt != header.attempt:
             raise StaleAttempt(f"no reservation {header.handover_id} of attempt {header.attempt} is open here")

@@ -106,8 +106,8 @@ class LaneOutlet:
     def forgive(self, target: WorkerRef) -> None:
         self._failed.pop(target, None)
 
-    def _fell(self, event: TransportBroken) -> None:
-        """On a lane's thread: bytes do not flow any more. Loud, and once for each transport of a pair."""
+    def fell(self, event: TransportBroken) -> None:
+        """On any thread: bytes do not flow any more. Loud, and once for each transport of a pair."""
         failed = self._failed.setdefault(event.target, set())
         if event.transport not in failed:
             log.warning("%s to %s broke, falling back: %s", event.transport, event.target.name, event.message)
@@ -127,7 +127,7 @@ class LaneOutlet:
         lane = self._lanes.get(key)
         if lane is None or lane.dead:
             lane = self._lanes[key] = _Lane(
-                self._store, self._config, target, route, transport, self.trace, self._make_giver, self._fell
+                self._store, self._config, target, route, transport, self.trace, self._make_giver, self.fell
             )
             for old in [k for k, other in self._lanes.items() if other.dead]:
                 del self._lanes[old]

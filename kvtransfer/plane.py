@@ -36,15 +36,16 @@ Event = Filled | Spoiled | TransportBroken
 class Plane:
     """What moves KV in and out of one rank of worker `ref`. `post` gets what the engine loop has to know, from any
     thread. `shared`: the pool's memory, where peers can see it. `grpc`: where gRPC lanes reach this rank, if anywhere.
-    `loop`: the process's event loop, which gRPC runs on. `groups`: what makes process groups, if anything does."""
+    `loop`: the process's event loop, which gRPC runs on, if there is one. `groups`: what makes process groups, if
+    anything does. `late_s`: see `RankInlet`."""
 
     def __init__(
         self, ref: WorkerRef, store: Store, config: HandoverConfig, token: str, host: str, clock: Clock,
-        loop: asyncio.AbstractEventLoop, post: Callable[[Event], None], shared: Shared | None, grpc: str,
-        groups: ProcessGroups | None = None,
+        loop: asyncio.AbstractEventLoop | None, post: Callable[[Event], None], shared: Shared | None, grpc: str,
+        groups: ProcessGroups | None = None, late_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.store = store
-        self.inlet = RankInlet(store, clock, post)
+        self.inlet = RankInlet(store, clock, post, late_s)
         self.outlet = LaneOutlet(store, config, clock, self._giver, post)
         self._ref = ref
         self._config = config
@@ -92,7 +93,7 @@ class Plane:
             self.door[transport], self.store.format,
         )  # fmt: skip
         patience = self._config.lease_s
-        if transport == "grpc":
+        if transport == "grpc" and self._loop is not None:
             link = GrpcLink(door["grpc"], self._token, greeting, patience, self._loop)
             return InlineGiver(link, self.store, route, target.format)
         lane = SocketLink(door["tcp"], self._token, greeting, patience)

@@ -122,6 +122,7 @@ class ToyEngine:
     def __post_init__(self) -> None:
         self.pool = ToyPool(self.num_blocks)
         self.store, self.shared = self.pool.store, self.pool.shared
+        self.followers = None
         self.runner = ToyRunner(self.pool)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from ..common.types import Role, WorkerInfo, WorkerRef
 from ..decode.role import DecodeRole
 from ..engine import role as engine_role
 from ..engine.block_table import BlockTable
+from ..engine.follower import Followers
 from ..engine.loop import EngineLoop
 from ..engine.mailbox import Inbox, Inspect, Mail, Outbox
 from ..engine.plan import Runner
@@ -31,6 +33,7 @@ from ..protos.convert import FromRouter, FromSource, FromTarget, FromWorker
 from .intake import Intake
 from .links import RouterLines, SourceLines, TargetLines
 from .sharing import CacheHost, Sharing
+from .spread import PlaneConfig, SpreadInlet, SpreadOutlet, doors_of
 
 if TYPE_CHECKING:  # it needs torch, and not all workers do
     from ..kvtransfer.process_group import ProcessGroups
@@ -54,6 +57,11 @@ class Computes(Protocol):
     @property
     def groups(self) -> ProcessGroups | None:
         """What makes process groups, where the compute side can."""
+        ...
+
+    @property
+    def followers(self) -> Followers | None:
+        """The other ranks, where the worker has several."""
         ...
 
     @property
@@ -106,13 +114,10 @@ class Worker:
             max_running=min(config.engine.max_running, config.engine.max_batch_tokens),  # a step must hold them all
             max_waiting=config.max_waiting,
         )
-        self.plane = Plane(
-            self.ref, engine.store, config.handover, config.cluster_token, config.host, clock, self._events,
-            self.inbox.post, engine.shared, address, engine.groups,
-        )  # fmt: skip
-        own = Endpoint(self.ref, engine.fingerprint, engine.store.format, this_host(), (self.plane.door,))
+        inlet, outlet, doors = self._planes(engine, address)
+        own = Endpoint(self.ref, engine.fingerprint, engine.store.format, this_host(), doors)
         context = Context(endpoint=own, table=table, outbox=Outbox(), limits=limits, handover=config.handover)
-        roles = make_roles(config.role, context, self.plane.inlet, self.plane.outlet)
+        roles = make_roles(config.role, context, inlet, outlet)
         self.loop = EngineLoop(context, roles, engine.runner, self.inbox, clock, self._deliver)
         info = WorkerInfo(
             ref=self.ref,
@@ -130,6 +135,20 @@ class Worker:
         self._routers = RouterLines(info, self.inbox, self._last_load, config.heartbeat_s, config.lease_s)
         self._sources = SourceLines(own, self.inbox, config.heartbeat_s, config.lease_s)
         self._targets = TargetLines(own, self.inbox, config.cluster_token, config.handover.lease_s)
+
+    def _planes(self, engine: Computes, grpc: str) -> tuple[Inlet, Outlet, tuple[Mapping[str, str], ...]]:
+        """What moves KV in and out of all ranks, and where each is reached."""
+        config, format, followers = self._config, engine.store.format, engine.followers
+        spread = None if followers is None else SpreadInlet(followers, format.tp, self.inbox.post)
+        self.plane = Plane(
+            self.ref, engine.store, config.handover, config.cluster_token, config.host, self._clock, self._events,
+            self.inbox.post if spread is None else spread.of_rank_0, engine.shared, grpc, engine.groups,
+        )  # fmt: skip
+        if followers is None or spread is None:
+            return self.plane.inlet, self.plane.outlet, (self.plane.door,)
+        spread.local = self.plane.inlet
+        others = doors_of(followers, PlaneConfig(self.ref, config.handover, config.cluster_token, config.host))
+        return spread, SpreadOutlet(followers, self.plane.outlet, format), (self.plane.door, *others)
 
     async def start(self) -> None:
         await self._server.start()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..common.clock import RealClock
 from ..common.config import WorkerConfig
 from ..common.errors import InvalidRequest
 from ..engine.follower import Followers
-from ..engine.kv_pool import Allocator, device_allocator
+from ..engine.kv_pool import Allocator, KvPool, device_allocator
 from ..engine.plan import Runner
 from ..engine.runner import Engine, build_engine
 from ..engine.weights import Progress
 from ..kvtransfer.convert import convert
 from ..kvtransfer.host_store import HostStore
+from ..kvtransfer.plane import Event, Plane
 from ..kvtransfer.process_group import ProcessGroups
 from ..kvtransfer.shm import SharedMemory, available
 from ..kvtransfer.transport import Store
+from .spread import LATE_S, PlaneConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,7 @@ class Compute:
     store: Store
     shared: SharedMemory | None
     groups: ProcessGroups | None
+    followers: Followers | None
 
     @property
     def runner(self) -> Runner:
@@ -54,24 +59,40 @@ class Compute:
         return self.engine.num_blocks
 
 
-def build(config: WorkerConfig, progress: Progress, followers: Followers | None = None) -> Compute:
-    """Raises as `build_engine` does."""
-    pools: list[SharedMemory] = []
+@dataclass(slots=True)
+class PoolMemory:
+    """Makes the memory of a pool, and remembers it: where peers of this machine may see it, if that can be."""
 
-    def allocator(device: torch.device) -> Allocator:
-        if device.type != "cpu" or not available():
-            return device_allocator(device)
+    shared: SharedMemory | None = None
 
-        def shared(size: int) -> torch.Tensor:
-            pools.append(SharedMemory(size))
-            return torch.from_numpy(pools[-1].memory)
+    def allocator(self, device: torch.device) -> Allocator:
+        """See `engine.rank.MakeAllocator`."""
+        return self._share if device.type == "cpu" and available() else device_allocator(device)
 
-        return shared
+    def _share(self, size: int) -> torch.Tensor:
+        self.shared = SharedMemory(size)
+        return torch.from_numpy(self.shared.memory)
 
-    engine = build_engine(config.engine, progress, allocator, followers)
-    pool = engine.pool
+
+def store_of(pool: KvPool, checked: bool) -> Store:
+    """The pool as transports see it. Raises `InvalidRequest` where none can."""
     if pool.memory is None:
         raise InvalidRequest("KV pools on an accelerator cannot be handed over yet", param="device")
-    store = HostStore(pool.memory, pool.format, pool.rank, pool.num_blocks, convert, checked=config.handover.checksums)
+    return HostStore(pool.memory, pool.format, pool.rank, pool.num_blocks, convert, checked)
+
+
+def build(config: WorkerConfig, progress: Progress, followers: Followers | None = None) -> Compute:
+    """Raises as `build_engine` does."""
+    memory = PoolMemory()
+    engine = build_engine(config.engine, progress, memory.allocator, followers)
+    store = store_of(engine.pool, config.handover.checksums)
     groups = ProcessGroups(torch.device("cpu"), config.host, config.handover.lease_s)
-    return Compute(engine, store, pools[0] if pools else None, groups)
+    return Compute(engine, store, memory.shared, groups, followers)
+
+
+def following_plane(pool: KvPool, memory: PoolMemory, config: PlaneConfig, post: Callable[[Event], None]) -> Plane:
+    """The plane of a rank that is not rank 0."""
+    return Plane(
+        config.ref, store_of(pool, config.handover.checksums), config.handover, config.token, config.host, RealClock(),
+        None, post, memory.shared, "", ProcessGroups(torch.device("cpu"), config.host, config.handover.lease_s), LATE_S,
+    )  # fmt: skip

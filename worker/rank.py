@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import setproctitle
@@ -21,7 +22,9 @@ from ..engine.follower import MEET, PROGRESS, READY, Follower
 from ..engine.group import RankGroup
 from ..engine.rank import Rank, load_rank, resolve
 from ..engine.runner import RUN
+from .compute import PoolMemory, following_plane
 from .ranks import RankConfig
+from .spread import FollowingPlane
 
 logger = logging.getLogger("baton")
 
@@ -50,9 +53,11 @@ def follow(config: RankConfig) -> None:
     follower.expect(MEET)
     device, _ = resolve(config.engine, config.rank)
     group = RankGroup(config.meeting, config.rank, config.engine.tp, device, config.timeout_s)
-    rank = load_rank(config.engine, lambda share: follower.report(PROGRESS, share), group=group)
+    memory = PoolMemory()
+    rank = load_rank(config.engine, lambda share: follower.report(PROGRESS, share), memory.allocator, group)
+    plane = FollowingPlane(follower, partial(following_plane, rank.pool, memory))
     follower.report(READY)
-    follower.follow({RUN: runs(rank, lambda layer: None)})
+    follower.follow({RUN: runs(rank, plane.layer), **plane.handlers()})
 
 
 def runs(rank: Rank, on_layer: Callable[[int], None]) -> Callable[..., None]:

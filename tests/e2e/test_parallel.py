@@ -13,6 +13,7 @@ from tests.e2e.reference import Judge
 from tests.e2e.serving import eventually, gone
 from tests.e2e.test_reference import EVERY_KIND, check
 
+SMALL = ("--threads", "2", "--max-batch-tokens", "64", "--kv-memory", "128MiB")
 FLAGS = ("--colocated", "1", "--tp", "3", "--threads", "1", "--max-batch-tokens", "64", "--kv-memory", "128MiB")
 
 
@@ -32,3 +33,15 @@ async def test_three_ranks_serve_the_demo_model_also_while_one_of_them_dies(judg
             check(judge, [EVERY_KIND[4]], [answer])
             eventually(lambda: gone(before["colocated-0/1"]), "its neighbour has ended with it")
             assert serve.children()["colocated-0"].pid != before["colocated-0"].pid
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 3), (3, 1)])
+async def test_ranks_that_do_not_match_hand_over(judge: Judge, tmp_path: Path, prefill: int, decode: int) -> None:
+    """One rank's heads go to three, and three ranks' to one."""
+    config = f"prefill_engine:\n  tp: {prefill}\ndecode_engine:\n  tp: {decode}\n"
+    with running(tmp_path, *SMALL, config=config) as serve:
+        async with connected(serve) as cluster:
+            check(judge, EVERY_KIND, await cluster.ask_all(EVERY_KIND))
+            await cluster.quiet()
+            assert await cluster.metric("baton_handovers_total") > len(EVERY_KIND) / 2
