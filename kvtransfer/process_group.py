@@ -147,7 +147,7 @@ class GroupGiver:
     def close(self) -> None:
         self._closed = True
         self._link.close()
-        pair, self._pair = self._pair, None
+        pair, self._pair, self._before = self._pair, None, None
         if pair is not None:
             pair.abort()
         self._met.set()
@@ -169,12 +169,10 @@ class GroupTaker:
     def fetch(self, header: FrameHeader) -> None:
         pair = self._pair or self._meet()
         with self._stream:
-            if not self._coming:
-                self._let_come(pair, header)
+            for due in (header, *waiting_headers(self._connection, _AHEAD))[len(self._coming) :]:
+                self._let_come(pair, due)
             self._data, arrived = self._coming.popleft()
             arrived()
-            for later in waiting_headers(self._connection, _AHEAD)[len(self._coming) :]:
-                self._let_come(pair, later)
 
     def _let_come(self, pair: Pair, header: FrameHeader) -> None:
         if header.size > MAX_FRAME:
