@@ -79,6 +79,8 @@ class WorkerConfig:
     cluster_token: str = ""
     """Shared secret of all processes of this cluster; also keys the block hashes."""
     max_waiting: int = 1024
+    drain_s: float = 60.0
+    """How long a worker that is told to stop may take for its requests to move elsewhere or to end."""
     lease_s: float = 5.0
     """Silence after which a router or peer is taken for gone."""
     heartbeat_s: float = 0.5

@@ -90,7 +90,7 @@ OVERLAYS = {"prefill_engine": "engine", "decode_engine": "engine"}
 
 ZERO_ALLOWED = {
     *("prefill", "decode", "colocated", "port", "threads"),
-    *("engine.max_model_len", "handover.headroom_tokens", "gateway.drain_s"),
+    *("engine.max_model_len", "handover.headroom_tokens", "gateway.drain_s", "worker.drain_s"),
 }
 CHOICES = {
     "engine.dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -23,6 +23,8 @@ _WORKER_COUNTERS: tuple[tuple[str, str, Callable[[Load], float]], ...] = (
     ("baton_worker_cached_tokens", "Those of them found in its prefix cache.", lambda load: load.cached_tokens),
     ("baton_worker_output_tokens", "Tokens that the worker sampled.", lambda load: load.output_tokens),
     ("baton_handovers", "KV handovers committed.", lambda load: load.handovers),
+    ("baton_moves", "Running requests that moved to another worker.", lambda load: load.moves),
+    ("baton_shared_tokens", "Tokens whose cached KV went to another cache.", lambda load: load.shared_tokens),
     ("baton_handover_bytes", "KV bytes handed over.", lambda load: load.handover_bytes),
     ("baton_handover_seconds", "From reservation to commit, of all handovers.", lambda load: load.handover_seconds),
     (
@@ -92,6 +94,10 @@ def _of_router(stats: Stats) -> Iterator[Metric]:
     for code, count in stats.retries.items():
         retries.add_metric([code], count)
     yield retries
+    moves = CounterMetricFamily("baton_router_moves", "Running requests that were to move.", labels=["result"])
+    for result, count in stats.moves.items():
+        moves.add_metric([result], count)
+    yield moves
     yield CounterMetricFamily("baton_router_lost_workers", "Sessions lost.", value=stats.losses)
     yield CounterMetricFamily("baton_router_resyncs", "Gaps in the workers' KV events.", value=stats.resyncs)
     yield CounterMetricFamily("baton_routed_tokens", "Prompt tokens placed.", value=stats.routed_tokens)

@@ -150,6 +150,11 @@ class Worker:
         others = doors_of(followers, PlaneConfig(self.ref, config.handover, config.cluster_token, config.host))
         return spread, SpreadOutlet(followers, self.plane.outlet, format), (self.plane.door, *others)
 
+    @property
+    def asked(self) -> bool:
+        """Whether any router is there that could ask something."""
+        return bool(self.loop.context.outbox.routers)
+
     async def start(self) -> None:
         await self._server.start()
 

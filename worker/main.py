@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 1.0
 REPORT_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = 5.0
+DRAIN_LOOK_S = 0.05
+LINGER_S = 1.0
+"""How long a worker that drains must have held nothing: the news that it drains takes its way to the routers."""
 
 T = TypeVar("T")
 
@@ -98,11 +101,12 @@ class Reporter:
 
 
 async def run(config: WorkerConfig) -> None:
-    """Be a worker until SIGTERM or SIGINT. Raises `BatonError` where the engine cannot be built or breaks."""
+    """Be a worker until SIGTERM or SIGINT, of which the first is a request to drain and the second an order. Raises
+    `BatonError` where the engine cannot be built or breaks."""
     events = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    stop, at_once = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        events.add_signal_handler(number, stop.set)
+        events.add_signal_handler(number, lambda: (at_once if stop.is_set() else stop).set())
     reporter = Reporter(config)
     reporting = events.create_task(reporter.run())
     reporter.set(state="loading")
@@ -124,6 +128,9 @@ async def run(config: WorkerConfig) -> None:
             await _until(asyncio.wrap_future(thread.ended), stop)
             if ranks is not None:
                 ranks.followers.check()
+            if not thread.ended.done():
+                reporter.set(state="draining")
+                await _until(asyncio.ensure_future(_drained(worker, config.drain_s)), at_once)
         finally:
             thread.stop()
             await worker.stop()
@@ -133,6 +140,17 @@ async def run(config: WorkerConfig) -> None:
             await asyncio.to_thread(ranks.close)
         reporting.cancel()
         await reporter.close()
+
+
+async def _drained(worker: Worker, within_s: float) -> None:
+    """Until routers have known for a while that nothing new may come, and nothing is left; or the time is up."""
+    log.info("draining: what runs here moves or ends, for %.0f s at most", within_s)
+    with contextlib.suppress(TimeoutError, BatonError):
+        async with asyncio.timeout(within_s):
+            quiet = 0.0
+            while quiet < LINGER_S and worker.asked:
+                await asyncio.sleep(DRAIN_LOOK_S)
+                quiet = quiet + DRAIN_LOOK_S if (await worker.check()).sequences == 0 else 0.0
 
 
 def _post(events: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

@@ -30,6 +30,8 @@ STREAMS = 16
 BEGUN = 6
 """Tokens that every stream has when a decode worker is hit: far from its end, and past its beginning."""
 
+RETRIES = "baton_router_retries_total"
+
 MIXED: list[Prompt] = ALL[5 : 5 + STREAMS]
 HEAVY: list[Prompt] = (LONG * 2)[:STREAMS]
 
@@ -160,3 +162,19 @@ async def test_frozen_for_twice_the_lease(cluster: Cluster, judge: Judge, role: 
     cluster.serve.children()[OTHER[name]].kill()
     await serve_all(cluster, judge, MIXED)
     assert await cluster.metric("baton_engine_steps_total", worker=name) > worked, "it is back in service"
+
+
+async def test_a_worker_that_is_told_to_stop_hands_its_requests_over(cluster: Cluster, judge: Judge) -> None:
+    """No token is lost, and nothing is computed twice: what ran there goes on elsewhere with its KV."""
+    tokens, retries = await cluster.metric("baton_worker_prompt_tokens_total"), await cluster.metric(RETRIES)
+    moved = await cluster.metric("baton_router_moves_total", result="moved")
+    prompts = MIXED[:12]
+    async with Streams(cluster, prompts) as streams:
+        await streams.begun(BEGUN)
+        _, process = await hit(cluster, "decode", signal.SIGTERM)
+        await streams.finish(judge)
+        assert await cluster.metric("baton_router_moves_total", result="moved") - moved >= 2
+        assert await cluster.metric(RETRIES) == retries
+        computed = await cluster.metric("baton_worker_prompt_tokens_total") - tokens
+        assert computed == sum(len(judge.encode(prompt)) for prompt in prompts)
+    await asyncio.to_thread(process.wait, 30)

@@ -348,7 +348,12 @@ async def test_doors_that_are_no_shared_pool(scene: Scene, tmp_path: Path) -> No
     doors = [f"/proc/{os.getpid()}/fd/{f}:8:{stamp}" for f in files]
     doors += ["", "pool", f"/etc/passwd:8:{stamp}", f"/proc/1/fd/0:8:{stamp}"]
     doors += [f"/proc/{os.getpid()}/fd/9999:8:{stamp}"]
-    doors += [f"{file}:9000:{stamp}", f"{file}:{10**17}:{stamp}", f"{file}:{'9' * 5000}:{stamp}", f"{file}:8:{'0' * 16}"]
+    doors += [
+        f"{file}:9000:{stamp}",
+        f"{file}:{10**17}:{stamp}",
+        f"{file}:{'9' * 5000}:{stamp}",
+        f"{file}:8:{'0' * 16}",
+    ]
     for door in doors:
         with lane(scene.worker, greeting(scene.worker, transport="shm", door=door)) as evil:
             assert await asyncio.to_thread(evil.answer), door
