@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,19 +10,25 @@ import torch
 
 from ..common.clock import RealClock
 from ..common.config import WorkerConfig
-from ..common.errors import InvalidRequest
+from ..common.errors import TransportFailed
 from ..engine.follower import Followers
 from ..engine.kv_pool import Allocator, KvPool, device_allocator
 from ..engine.plan import Runner
 from ..engine.runner import Engine, build_engine
 from ..engine.weights import Progress
 from ..kvtransfer.convert import convert
+from ..kvtransfer.cuda_driver import CudaDriver
+from ..kvtransfer.cuda_ipc import CudaMemory
+from ..kvtransfer.device_store import DeviceStore
+from ..kvtransfer.fetched import Shared
 from ..kvtransfer.host_store import HostStore
 from ..kvtransfer.plane import Event, Plane
 from ..kvtransfer.process_group import ProcessGroups
 from ..kvtransfer.shm import SharedMemory, available
 from ..kvtransfer.transport import Store
 from .spread import LATE_S, PlaneConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +37,7 @@ class Compute:
 
     engine: Engine
     store: Store
-    shared: SharedMemory | None
+    shared: Shared | None
     groups: ProcessGroups | None
     followers: Followers | None
 
@@ -63,21 +70,31 @@ class Compute:
 class PoolMemory:
     """Makes the memory of a pool, and remembers it: where peers of this machine may see it, if that can be."""
 
-    shared: SharedMemory | None = None
+    shared: Shared | None = None
 
     def allocator(self, device: torch.device) -> Allocator:
         """See `engine.rank.MakeAllocator`."""
+        if device.type == "cuda":
+            return lambda size: self._export(device, size)
         return self._share if device.type == "cpu" and available() else device_allocator(device)
 
     def _share(self, size: int) -> torch.Tensor:
-        self.shared = SharedMemory(size)
-        return torch.from_numpy(self.shared.memory)
+        shared = self.shared = SharedMemory(size)
+        return torch.from_numpy(shared.memory)
+
+    def _export(self, device: torch.device, size: int) -> torch.Tensor:
+        try:
+            exported = self.shared = CudaMemory(CudaDriver(device), size)
+        except TransportFailed as error:
+            log.warning("the KV pool cannot be shared with other processes: %s", error)
+            return device_allocator(device)(size)
+        return exported.memory
 
 
 def store_of(pool: KvPool, checked: bool) -> Store:
-    """The pool as transports see it. Raises `InvalidRequest` where none can."""
+    """The pool as transports see it."""
     if pool.memory is None:
-        raise InvalidRequest("KV pools on an accelerator cannot be handed over yet", param="device")
+        return DeviceStore(pool.flat, pool.format, pool.rank, pool.num_blocks, checked)
     return HostStore(pool.memory, pool.format, pool.rank, pool.num_blocks, convert, checked)
 
 
@@ -86,7 +103,7 @@ def build(config: WorkerConfig, progress: Progress, followers: Followers | None 
     memory = PoolMemory()
     engine = build_engine(config.engine, progress, memory.allocator, followers)
     store = store_of(engine.pool, config.handover.checksums)
-    groups = ProcessGroups(torch.device("cpu"), config.host, config.handover.lease_s)
+    groups = ProcessGroups(engine.pool.flat.device, config.host, config.handover.lease_s)
     return Compute(engine, store, memory.shared, groups, followers)
 
 
@@ -94,5 +111,5 @@ def following_plane(pool: KvPool, memory: PoolMemory, config: PlaneConfig, post:
     """The plane of a rank that is not rank 0."""
     return Plane(
         config.ref, store_of(pool, config.handover.checksums), config.handover, config.token, config.host, RealClock(),
-        None, post, memory.shared, "", ProcessGroups(torch.device("cpu"), config.host, config.handover.lease_s), LATE_S,
+        None, post, memory.shared, "", ProcessGroups(pool.flat.device, config.host, config.handover.lease_s), LATE_S,
     )  # fmt: skip
