@@ -37,11 +37,11 @@ def test_every_number_of_the_fleet_is_there() -> None:
         waiting=1, running=2, queued_prefill_tokens=3, total_blocks=4, free_blocks=5, cached_blocks=6,
         reserved_blocks=7, steps=8, preemptions=9, prompt_tokens=10, cached_tokens=11, output_tokens=12,
         handovers=13, handover_bytes=14, handover_seconds=15.5, handover_skipped_blocks=16,
-        handover_aborts=(("lease", 17), ("checksum", 18)),
+        handover_aborts=(("lease", 17), ("checksum", 18)), moves=28, shared_tokens=29,
         loop_age_s=19.5,
     )  # fmt: skip
     worker = WorkerSnapshot("decode-0", Role.DECODE, "ready", 1, load, 0, 0, 0)
-    stats = Stats(decisions=Counter(prefix=20), prefix_hit_tokens=21, routed_tokens=22, losses=23, resyncs=24)
+    stats = Stats(decisions=Counter(prefix=20), prefix_hit_tokens=21, routed_tokens=22, losses=23, resyncs=24, moves=Counter(moved=30))
     registry = CollectorRegistry()
     registry.register(FleetNumbers(lambda: Snapshot((worker,), 25, 26, 27, stats)))
     lines = [
@@ -50,7 +50,7 @@ def test_every_number_of_the_fleet_is_there() -> None:
     values = {
         name.replace('role="decode",', "").replace('worker="decode-0"', "w"): float(value) for name, value in lines
     }
-    assert sorted(values.values()) == [*range(1, 15), 15.5, *range(16, 19), 19.5, *range(20, 28)]
+    assert sorted(values.values()) == [*range(1, 15), 15.5, *range(16, 19), 19.5, *range(20, 31)]
     assert values['baton_handover_aborts_total{reason="lease",w}'] == 17
     assert values['baton_kv_blocks{state="cached",w}'] == 6
     assert values["baton_prefix_hit_tokens_total"] == 21
