@@ -177,6 +177,48 @@ def gateway(
         console.print(f"wrote results/{path.name}")
 
 
+@app.command(epilog="Example: baton bench kvtransfer --save kvtransfer")
+def kvtransfer(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, or 'demo': for real workers.")] = "demo",
+    parts: Annotated[str, typer.Option(help="Which: speed (and checksums), hiding, stall.")] = "speed,hiding,stall",
+    tokens: Annotated[str, typer.Option(help="Speed: tokens that are handed over.")] = "1024,4096,32768",
+    rounds: Annotated[str, typer.Option(help="Speed: rounds at each of these sizes.")] = "15,9,3",
+    transports: Annotated[str, typer.Option(help="Speed: only these; empty: all that are here.")] = "",
+    prompt: Annotated[int, typer.Option(min=1, help="Hiding: tokens of a prompt.")] = 4096,
+    windows: Annotated[int, typer.Option(min=1, help="Stall: windows of each kind, 2.5 s long.")] = 20,
+    save: Save = "",
+) -> None:
+    """Measure the handover: transports against their media, checksums, what hides, whether decoding stalls."""
+    from ..kvtransfer.transport import ORDER
+    from . import record
+    from .kvtransfer import plots, suite
+    from .kvtransfer.stall import Load
+    from .systems import model_folder
+
+    wanted = tuple(parts.split(","))
+    if unknown := set(wanted) - set(suite.PARTS):
+        raise typer.BadParameter(f"no such part: {', '.join(sorted(unknown))}; known: {', '.join(suite.PARTS)}")
+    sizes, turns = _numbers(tokens, int), _numbers(rounds, int)
+    if len(sizes) != len(turns):
+        raise typer.BadParameter("--tokens and --rounds go together, one for one")
+    plan = suite.Plan(
+        model=model_folder(model), parts=wanted, sizes=tuple(zip(sizes, turns, strict=True)), prompt=prompt,
+        transports=tuple(transports.split(",")) if transports else ORDER, load=Load(windows=windows),
+    )  # fmt: skip
+    console = Console()
+    load_before = _warn_if_busy(console)
+    with console.status("") as status:
+        results = suite.run(plan, status.update)
+    console.print(*suite.tables(results))
+    for bar, held in suite.bars(results).items():
+        console.print(f"{'reached' if held else 'MISSED'}: {bar}")
+    if save:
+        parameters = {"sizes": plan.sizes, "prompt": prompt, "windows": windows, "load_average_before": load_before}
+        path = record.write(save, "kvtransfer", suite.document(results), parameters)
+        plots.draw(path.parent, save, results)
+        console.print(f"wrote results/{path.name} and its plots")
+
+
 @app.command(epilog="Example: baton bench simulate --prefill 1 --decode 2 --rate 3 --requests 1000")
 def simulate(
     prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1,

@@ -12,10 +12,11 @@ from ..common.errors import BatonError
 from .load import Run
 from .report import Summary
 
-_INK = ("#3b6ea5", "#c8553d", "#5a8f4e", "#8a5fa8", "#c79a2b", "#4a4a4a")
+INK = ("#3b6ea5", "#c8553d", "#5a8f4e", "#8a5fa8", "#c79a2b", "#4a4a4a")
 
 
-def _figure(columns: int) -> Any:
+def figure(columns: int) -> Any:
+    """An empty figure and its axes, side by side. Raises `BatonError` where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -23,11 +24,11 @@ def _figure(columns: int) -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(4.6 * columns, 3.8), layout="constrained")
-    for axis in axes:
+    whole, axes = pyplot.subplots(1, columns, figsize=(4.6 * columns, 3.8), layout="constrained", squeeze=False)
+    for axis in axes[0]:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return whole, axes[0]
 
 
 def _cdf(axis: Any, values: Iterable[float], label: str, colour: str) -> None:
@@ -40,10 +41,10 @@ def _cdf(axis: Any, values: Iterable[float], label: str, colour: str) -> None:
 def draw_load(path: Path, runs: Sequence[tuple[Summary, Run]], title: str) -> Path:
     """CDFs of TTFT, ITL and end-to-end latency, a line for each run, and output tokens/s of each run.
     Raises `RuntimeError` where matplotlib is missing."""
-    figure, axes = _figure(4)
+    whole, axes = figure(4)
     for index, (summary, run) in enumerate(runs):
         good = [sample for sample in run.samples if not sample.error]
-        colour = _INK[index % len(_INK)]
+        colour = INK[index % len(INK)]
         _cdf(axes[0], (sample.ttft for sample in good), summary.label, colour)
         _cdf(axes[1], (gap for sample in good for gap in sample.itl), summary.label, colour)
         _cdf(axes[2], (sample.e2e for sample in good), summary.label, colour)
@@ -53,11 +54,11 @@ def draw_load(path: Path, runs: Sequence[tuple[Summary, Run]], title: str) -> Pa
         )
         axis.set_xscale("log")
     axes[0].legend(frameon=False, fontsize=8)
-    axes[3].bar([s.label for s, _ in runs], [s.output_tokens_per_s for s, _ in runs], color=_INK[0], width=0.6)
+    axes[3].bar([s.label for s, _ in runs], [s.output_tokens_per_s for s, _ in runs], color=INK[0], width=0.6)
     axes[3].set(ylabel="output tokens/s")
     axes[3].tick_params(axis="x", labelrotation=20)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    whole.suptitle(title)
+    whole.savefig(path, dpi=130)
     return path
 
 
@@ -67,8 +68,8 @@ def draw_comparison(
     """Output tokens/s and median ITL against concurrency, a line for each system: `systems[name][concurrency]` is
     (tokens/s, ITL in seconds). The dashed line is what memory bandwidth allows at batch 1.
     Raises `RuntimeError` where matplotlib is missing."""
-    figure, axes = _figure(2)
-    for colour, (name, points) in zip(_INK, systems.items(), strict=False):
+    whole, axes = figure(2)
+    for colour, (name, points) in zip(INK, systems.items(), strict=False):
         widths = sorted(points)
         axes[0].plot(widths, [points[w][0] for w in widths], marker="o", label=name, color=colour)
         axes[1].plot(widths, [points[w][1] * 1e3 for w in widths], marker="o", label=name, color=colour)
@@ -81,6 +82,6 @@ def draw_comparison(
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_xlabel("concurrency")
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    whole.suptitle(title)
+    whole.savefig(path, dpi=130)
     return path

@@ -1,0 +1,111 @@
+"""What a medium can do at most: the same bytes between the same two processes, with nothing of ours in the way."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from numpy.typing import NDArray
+
+from .end import HOST, TIMEOUT_S
+
+_c10d: Any = torch.distributed
+"""Any: torch's type stubs do not know what its single backends can do."""
+
+CHUNK = 1 << 20
+"""Bytes of one send on a plain socket."""
+
+LIMITS = {"shm": "memcpy", "tcp": "socket", "grpc": "socket", "process-group": "gloo"}
+"""What a transport is held against."""
+
+Bytes = NDArray[np.uint8]
+
+
+def memcpy(source: Bytes, target: Bytes) -> float:
+    """Seconds of one thread for all of it, in the order of the addresses: the faster of numpy's and the C library's."""
+    seconds = []
+    for copy in (_numpy_copy, _libc_copy):
+        begin = time.monotonic()
+        copy(source, target)
+        seconds.append(time.monotonic() - begin)
+    return min(seconds)
+
+
+def _numpy_copy(source: Bytes, target: Bytes) -> None:
+    np.copyto(target, source)
+
+
+def _libc_copy(source: Bytes, target: Bytes) -> None:
+    ctypes.memmove(target.ctypes.data, source.ctypes.data, source.size)
+
+
+class Receiver:
+    """The target's end of a plain stream."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server((HOST, 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._buffer = bytearray(CHUNK)
+
+    def accept(self) -> None:
+        self._listener.settimeout(TIMEOUT_S)
+        self._connection, _ = self._listener.accept()
+
+    def receive(self, size: int) -> float:
+        """When the last byte was there."""
+        into = memoryview(self._buffer)
+        while size:
+            count = self._connection.recv_into(into)
+            if count == 0:
+                raise ConnectionError("the source hung up")
+            size -= count
+        return time.monotonic()
+
+
+class Sender:
+    """The source's end of it."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = socket.create_connection((HOST, port), TIMEOUT_S)
+        self._connection.setblocking(True)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._buffer = bytes(CHUNK)
+
+    def send(self, size: int) -> None:
+        whole = memoryview(self._buffer)
+        while size:
+            part = whole[: min(size, CHUNK)]
+            self._connection.sendall(part)
+            size -= len(part)
+
+
+class Group:
+    """Either end of a bare gloo pair; the source is rank 0 and keeps the store, at `port`."""
+
+    def __init__(self, rank: int, port: int) -> None:
+        patience = timedelta(seconds=TIMEOUT_S)
+        self._store = _c10d.TCPStore(HOST, port, is_master=rank == 0, timeout=patience, wait_for_workers=False)
+        self.port: int = self._store.port
+        self._rank = rank
+        self._options = _c10d.ProcessGroupGloo._Options()
+        self._options._timeout = patience
+        self._options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=HOST)]
+
+    def join(self) -> None:
+        """Returns when the other end has joined, too."""
+        self._group = _c10d.ProcessGroupGloo(self._store, self._rank, 2, self._options)
+
+    def move(self, size: int, message: int) -> float:
+        """Send or receive `size` bytes in messages of `message` bytes; when the last was through."""
+        buffer = torch.zeros(message, dtype=torch.uint8)
+        for at in range(0, size, message):
+            part = [buffer[: min(message, size - at)]]
+            work = self._group.send(part, 1, 0) if self._rank == 0 else self._group.recv(part, 0, 0)
+            work.wait()
+        return time.monotonic()

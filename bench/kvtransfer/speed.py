@@ -1,0 +1,167 @@
+"""How fast a transport carries KV, against what its medium can do at most, and what checksums cost.
+
+Source and target are two processes with a whole pool each; blocks lie scattered in both. Every round measures the
+limit, the transport, and the transport without checksums, one after the other, because a machine's bandwidth varies by
+the minute while their ratios stay. Times run from the first offer to the moment at which the target has everything.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ...common.config import HandoverConfig
+from ...common.kv_format import KvFormat
+from ...kvtransfer.layout import cut
+from ...kvtransfer.transport import ORDER, Offer
+from . import raw
+from .end import End, Events, layer_hash, make_pool, on_core, scattered
+from .target import KEY_NAME, Remote
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One transport at one size. An entry for each round; seconds. `limit`: the same bytes over the bare medium."""
+
+    transport: str
+    medium: str
+    tokens: int
+    size: int
+    handover: list[float]
+    unchecked: list[float]
+    limit: list[float]
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.size / statistics.median(self.handover) / 1e9
+
+    @property
+    def limit_gb_per_s(self) -> float:
+        return self.size / statistics.median(self.limit) / 1e9
+
+    @property
+    def share(self) -> float:
+        """Of the limit: the median of the rounds' ratios."""
+        return statistics.median(limit / ours for limit, ours in zip(self.limit, self.handover, strict=True))
+
+    @property
+    def checksums(self) -> float:
+        """What they cost, as a share of a handover: below 0 where noise is more."""
+        return 1 - statistics.median(u / c for c, u in zip(self.handover, self.unchecked, strict=True))
+
+
+class Pair:
+    """A source in this process and a target in another, each with a pool of `tokens`."""
+
+    def __init__(self, format: KvFormat, tokens: int, events: Events) -> None:
+        self._format = format
+        self._num_blocks = tokens // format.block_size
+        self.size = self._num_blocks * format.num_layers * format.block_bytes
+        self._remote = Remote(format, self._num_blocks)
+        self._pool = make_pool(format, self._num_blocks, seed=1)
+        self._ends = {checked: End(KEY_NAME, format, self._pool, checked, events) for checked in (True, False)}
+        self._targets = {checked: self._remote.endpoint(checked) for checked in (True, False)}
+        self._cut = cut(scattered(self._num_blocks, seed=1), format.block_size, format.block_size, 0, self._num_blocks)
+        self._sender: raw.Sender | None = None
+        self._group: raw.Group | None = None
+        self._count = 0
+
+    @property
+    def transports(self) -> list[str]:
+        """That both ends have."""
+        return [
+            name for name in ORDER if all(name in e.doors[0] for e in (self._ends[True].endpoint, self._targets[True]))
+        ]
+
+    def handover(self, transport: str, checked: bool) -> float:
+        """Seconds of one. Raises `HandoverFailed` where it breaks."""
+        self._count += 1
+        outlet = self._ends[checked].plane.outlet
+        self._remote.ask("open", checked, self._count, self._num_blocks)
+        outlet.open(self._count, 1, self._targets[checked], transport)
+        begin = time.monotonic()
+        outlet.offer(Offer(self._count, 0, self._cut))
+        done = float(self._remote.ask("filled", checked, self._count))
+        outlet.close(self._count)
+        return done - begin
+
+    def same(self) -> bool:
+        """Whether the target has what the source has. It has it no more afterwards."""
+        return all(
+            layer_hash(self._pool, self._format, self._cut.blocks, layer)
+            == self._remote.ask("content", layer, self._num_blocks)
+            for layer in range(self._format.num_layers)
+        )
+
+    def limit(self, medium: str) -> float:
+        """Seconds of the same bytes over a bare medium."""
+        match medium:
+            case "memcpy":
+                return float(self._remote.ask("memcpy", self._ends[True].plane.door["shm"], self.size))
+            case "socket":
+                return self._plain_stream()
+            case _:
+                return self._bare_gloo(HandoverConfig().frame_bytes)
+
+    def _plain_stream(self) -> float:
+        if self._sender is None:
+            port = self._remote.ask("socket")
+            self._remote.tell("accept")
+            self._sender = raw.Sender(port)
+            self._remote.answer()
+        self._remote.tell("receive", self.size)
+        begin = time.monotonic()
+        self._sender.send(self.size)
+        return float(self._remote.answer()) - begin
+
+    def _bare_gloo(self, message: int) -> float:
+        if self._group is None:
+            self._group = raw.Group(0, 0)
+            self._remote.tell("group", self._group.port)
+            self._group.join()
+            self._remote.answer()
+        self._remote.tell("group_receive", self.size, message)
+        begin = time.monotonic()
+        self._group.move(self.size, message)
+        return float(self._remote.answer()) - begin
+
+    def close(self) -> None:
+        for end in self._ends.values():
+            end.stop()
+        self._remote.close()
+
+
+@contextmanager
+def pair(format: KvFormat, tokens: int) -> Iterator[Pair]:
+    """Each of the two processes has a core of its own, where there are two."""
+    with on_core(0):
+        events = Events()
+        both = Pair(format, tokens, events)
+        try:
+            yield both
+        finally:
+            both.close()
+            events.stop()
+
+
+def measure(format: KvFormat, tokens: int, rounds: int, note: Note, only: Collection[str] = ORDER) -> list[Speed]:
+    """Every transport that two processes here have, at one size."""
+    with pair(format, tokens) as both:
+        names = [name for name in both.transports if name in only]
+        speeds = [Speed(name, raw.LIMITS[name], tokens, both.size, [], [], []) for name in names]
+        for turn in range(rounds + 1):
+            for speed in speeds:
+                note(f"{speed.transport}, {tokens} tokens, round {turn} of {rounds}")
+                limit = both.limit(speed.medium)
+                handover = both.handover(speed.transport, True)
+                unchecked = both.handover(speed.transport, False)
+                if turn:  # the first was for warming up
+                    speed.limit.append(limit)
+                    speed.handover.append(handover)
+                    speed.unchecked.append(unchecked)
+        return speeds
