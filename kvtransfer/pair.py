@@ -1,7 +1,8 @@
 """A group of two ranks of `torch.distributed`: a source's and a target's, with no world around it.
 
 The two find each other over their lane's authenticated socket: torch's own store would tell anybody where they listen.
-A pair fails as a whole and for good: whoever waits too long, or is told that the other end hung up, makes another.
+Their connection itself proves nothing; the checksums that come by the lane say what counts. A pair fails as a whole and
+for good: whoever waits too long, or is told that the other end hung up, makes another.
 
 gloo between CPUs, NCCL between GPUs. NCCL has not been seen at work here: it refuses two ranks on one GPU, and no
 machine with two was to be had.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -31,6 +33,7 @@ Done = Callable[[], None]
 
 _BYTES, _NEVER_SENT = 0, 1  # tags
 
+_LOOK_EVERY_S = 5e-5
 _MAX_MESSAGE = 4 << 10
 _MAX_KEYS = 64
 
@@ -45,13 +48,13 @@ class Pair:
     ) -> None:
         self._peer = 1 if source else 0
         self._aborted = False
+        self._patience = patience
         self._nccl = device.type == "cuda"
         before = connection.gettimeout()
         connection.settimeout(patience)
         try:
-            self._group = (_nccl_group if self._nccl else _gloo_group)(
-                _Meeting(connection), 1 - self._peer, host, patience
-            )
+            meeting, rank = _Meeting(connection), 1 - self._peer
+            self._group = _nccl(meeting, rank, patience) if self._nccl else _gloo(meeting, rank, patience, host)
             first = torch.zeros(1, dtype=torch.uint8, device=device)  # NCCL connects when it is first used
             (self.send(first) if source else self.receive(first))()
         except RuntimeError as error:
@@ -76,6 +79,10 @@ class Pair:
         return lambda: self._finish(work)
 
     def _finish(self, work: Any) -> None:
+        late = time.monotonic() + self._patience
+        # Where NCCL works, torch would look once a millisecond whether it is done.
+        while self._nccl and not (self._aborted or work.is_completed() or time.monotonic() > late):
+            time.sleep(_LOOK_EVERY_S)
         try:
             work.wait()
         except RuntimeError as error:
@@ -95,7 +102,7 @@ class Pair:
             vain.wait(timedelta(milliseconds=1))
 
 
-def _gloo_group(meeting: _Meeting, rank: int, host: str, patience: float) -> Any:
+def _gloo(meeting: _Meeting, rank: int, patience: float, host: str) -> Any:
     options = _c10d.ProcessGroupGloo._Options()
     options._timeout = timedelta(seconds=patience)
     options._threads = 1  # for what takes more than two; not for sends
@@ -103,8 +110,9 @@ def _gloo_group(meeting: _Meeting, rank: int, host: str, patience: float) -> Any
     return _c10d.ProcessGroupGloo(meeting, rank, 2, options)
 
 
-def _nccl_group(meeting: _Meeting, rank: int, host: str, patience: float) -> Any:
-    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # a wait that takes too long raises, and does not end the process
+def _nccl(meeting: _Meeting, rank: int, patience: float) -> Any:
+    # A wait that takes too long raises then, and there is no watchdog that would end the process.
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
     options = _c10d.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=patience)
     return _c10d.ProcessGroupNCCL(meeting, rank, 2, options)

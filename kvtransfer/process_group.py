@@ -7,8 +7,8 @@ the target that says whose come next. Each end has frames of its own at work whi
     source    packs n + 1 while n is sent
     target    lets n + 1 and n + 2 come, once their headers are there, while n is written to its blocks
 
-The bytes cannot be had without their pair, so a watcher at each end gives the pair up when the socket ends: the
-source's is the thread that counts credits.
+A watcher at each end gives the pair up as soon as the socket ends, because not every group notices by itself that the
+other rank is gone. The source's watcher is the thread that counts credits.
 """
 
 from __future__ import annotations
@@ -119,12 +119,11 @@ class GroupGiver:
     def give(self, header: FrameHeader) -> None:
         """Returns when the frame before this one has left, whose buffer is then free for the next."""
         self._link.send(header)
-        pair = self._pair or self._meet()
         with self._stream:
-            begun = pair.send(self._packed)
-        if self._before is not None:
-            self._before()
-        self._before = begun
+            pair = self._pair or self._meet()
+            before, self._before = self._before, pair.send(self._packed)
+            if before is not None:
+                before()
 
     def _meet(self) -> Pair:
         pair = self._pair = self._groups.pair(self._link.socket, source=True)
@@ -167,8 +166,8 @@ class GroupTaker:
         self._watcher: threading.Thread | None = None
 
     def fetch(self, header: FrameHeader) -> None:
-        pair = self._pair or self._meet()
         with self._stream:
+            pair = self._pair or self._meet()
             for due in (header, *waiting_headers(self._connection, _AHEAD))[len(self._coming) :]:
                 self._let_come(pair, due)
             self._data, arrived = self._coming.popleft()
