@@ -88,6 +88,11 @@ class Source:
         fill(self._pool.kv.flat)
         self._ends: dict[HandoverConfig, End] = {}
 
+    def address(self) -> str:
+        """Where peers find the pool; empty where they cannot."""
+        shared = self._pool.memory.shared
+        return "" if shared is None else shared.address(self._pool.kv.num_blocks)
+
     def give(self, handover_id: int, config: HandoverConfig, transport: str, target: Endpoint, part: Cut) -> None:
         """Offer these blocks, all layers at once."""
         if config not in self._ends:
@@ -110,6 +115,7 @@ class Source:
 
 
 _TYPES: dict[str, Any] = {
+    "address": tuple[()],
     "give": tuple[int, HandoverConfig, str, Endpoint, Cut],
     "broken": tuple[HandoverConfig, float],
     "close": tuple[HandoverConfig, int],

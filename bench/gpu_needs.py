@@ -5,18 +5,38 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "pytest")
+NEEDED = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "tokenizers": "tokenizers",
+    "safetensors": "safetensors",
+    "numpy": "numpy",
+    "msgspec": "msgspec",
+    "msgpack": "msgpack",
+    "xxhash": "xxhash",
+    "grpc": "grpcio",
+    "google.protobuf": "protobuf",
+    "pytest": "pytest",
+}
+"""What is imported, and the package that it comes in."""
 
 
 def problems() -> list[str]:
     """What stands in the way, one line each; empty where the check can run."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [package for name, package in NEEDED.items() if not _there(name)]
     if missing:
         wheels = " ".join(missing)
         return [f"missing packages: {wheels} (pip install --target DIR {wheels}, then PYTHONPATH=DIR)"]
     import torch
 
     return [] if torch.cuda.is_available() else [f"torch {torch.__version__} sees no CUDA device"]
+
+
+def _there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it would be in is missing
+        return False
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ goes on computing. So few reach several hundred GB/s, which is more than any lin
 
 _STRIPE = 64
 _LONG_PIECE = 240
+_WORD = 8
 _ALIGNED = 16
 """Bytes of one load: what the kernels need places to be multiples of."""
 
@@ -88,7 +89,11 @@ def _within(memory: torch.Tensor, places: Places, size: int) -> None:
 def _suits(memory: torch.Tensor, places: Places, size: int) -> bool:
     """Whether the kernels can do it: whole stripes, summed as XXH3 sums what is long, aligned."""
     shape = places.size > 0 and size % _STRIPE == 0 and places.shape[1] * size > _LONG_PIECE
-    return shape and (memory.data_ptr() | int(np.bitwise_or.reduce(places, axis=None))) % _ALIGNED == 0
+    return (
+        shape
+        and memory.numel() % _WORD == 0
+        and (memory.data_ptr() | int(np.bitwise_or.reduce(places, axis=None))) % _ALIGNED == 0
+    )
 
 
 @functools.cache
