@@ -56,13 +56,13 @@ class Speed:
 
 
 class Pair:
-    """A source in this process and a target in another, each with a pool of `tokens`."""
+    """A source in this process and a target in another, each with a pool of `num_blocks`, all of which cross."""
 
-    def __init__(self, format: KvFormat, tokens: int, events: Events) -> None:
+    def __init__(self, format: KvFormat, num_blocks: int, remote: Remote, events: Events) -> None:
         self._format = format
-        self._num_blocks = tokens // format.block_size
-        self.size = self._num_blocks * format.num_layers * format.block_bytes
-        self._remote = Remote(format, self._num_blocks)
+        self._num_blocks = num_blocks
+        self.size = num_blocks * format.num_layers * format.block_bytes
+        self._remote = remote
         self._pool = make_pool(format, self._num_blocks, seed=1)
         self._ends = {checked: End(KEY_NAME, format, self._pool, checked, events) for checked in (True, False)}
         self._targets = {checked: self._remote.endpoint(checked) for checked in (True, False)}
@@ -139,9 +139,11 @@ class Pair:
 @contextmanager
 def pair(format: KvFormat, tokens: int) -> Iterator[Pair]:
     """Each of the two processes has a core of its own, where there are two."""
+    num_blocks = tokens // format.block_size
+    remote = Remote(format, num_blocks)  # while this process may use every core: the other inherits what it may
     with on_core(0):
         events = Events()
-        both = Pair(format, tokens, events)
+        both = Pair(format, num_blocks, remote, events)
         try:
             yield both
         finally:
