@@ -88,12 +88,9 @@ def _within(memory: torch.Tensor, places: Places, size: int) -> None:
 
 def _suits(memory: torch.Tensor, places: Places, size: int) -> bool:
     """Whether the kernels can do it: whole stripes, summed as XXH3 sums what is long, aligned."""
-    shape = places.size > 0 and size % _STRIPE == 0 and places.shape[1] * size > _LONG_PIECE
-    return (
-        shape
-        and memory.numel() % _WORD == 0
-        and (memory.data_ptr() | int(np.bitwise_or.reduce(places, axis=None))) % _ALIGNED == 0
-    )
+    if places.size == 0 or size % _STRIPE or places.shape[1] * size <= _LONG_PIECE or memory.numel() % _WORD:
+        return False
+    return (memory.data_ptr() | int(np.bitwise_or.reduce(places, axis=None))) % _ALIGNED == 0
 
 
 @functools.cache
