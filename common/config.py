@@ -59,10 +59,11 @@ class HandoverConfig:
     One that a pair cannot use, or that fails, gives way to the next."""
     checksums: bool = True
     """Every piece is hashed at both ends; what does not match is recomputed."""
-    frame_bytes: int = 2 << 20
+    frame_bytes: int = 4 << 20
     """Payload of one data frame at most."""
-    window_frames: int = 16
-    """Frames in flight from one source to one target at most: the credits."""
+    window_frames: int = 4
+    """Frames in flight from one source to one target at most: the credits. Few enough that what the source has just
+    hashed is still in a cache that both ends share when the target copies it; enough that neither end waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
