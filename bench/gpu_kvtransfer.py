@@ -12,8 +12,9 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,10 @@ LLAMA_8B = KvFormat(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, 
 
 PROGRAMS = (4, 8, 16, 32, 64, 132)
 FRAMES = (2 << 20, 8 << 20, 32 << 20)
-TOKENS = {"cuda-ipc": (1024, 4096, 32768), "shm": (1024,), "tcp": (4096,)}
+Sizes = Mapping[str, tuple[int, ...]]
+"""Tokens of the handovers by each transport."""
+
+TOKENS: Sizes = {"cuda-ipc": (1024, 4096, 32768), "shm": (1024,), "tcp": (4096,)}
 ROUNDS = 5
 NCCL_PATIENCE_S = 30.0
 
@@ -61,22 +65,23 @@ class Handover:
     share: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Found:
-    """`nccl`: what two ranks on this device were told; empty if they were served."""
+    """`nccl`: what it says to two ranks on this device."""
 
     device: str
     memcpy_gb_per_s: float
-    kernels: list[Kernel]
-    handovers: list[Handover]
-    nccl: str
+    kernels: list[Kernel] = field(default_factory=list)
+    handovers: list[Handover] = field(default_factory=list)
+    nccl: str = ""
 
     def missing(self, transports: Sequence[str]) -> list[str]:
         """What was to be measured and was not."""
         carried = {handover.transport for handover in self.handovers if handover.gb_per_s > 0}
         operations = {kernel.operation for kernel in self.kernels if kernel.gb_per_s > 0}
         absent = [f"handovers by {name}" for name in transports if name not in carried]
-        return absent + [f"the kernel that {name}s" for name in ("pack", "unpack", "sum") if name not in operations]
+        absent += [f"the kernel that {name}s" for name in ("pack", "unpack", "sum") if name not in operations]
+        return absent if self.nccl else [*absent, "what NCCL says"]
 
 
 def memcpy(device: str, size: int) -> float:
@@ -132,7 +137,7 @@ class Pair:
     """A source in another process, a target in this one, a pool of `num_blocks` each."""
 
     def __init__(self, format: KvFormat, num_blocks: int, device: str) -> None:
-        self._format = format
+        self.format = format
         self._pool = make_pool(format, num_blocks, device)
         self._source = RemoteSource(format, num_blocks, device)
         self._ends = {
@@ -151,7 +156,7 @@ class Pair:
         self._number += 1
         theirs, ours = (tuple(order[:blocks]) for order in self._orders)
         end, key = self._ends[config.checksums], (SOURCE, 1, self._number)
-        end.plane.inlet.open(key, 1, self._format, 0, ours)
+        end.plane.inlet.open(key, 1, self.format, 0, ours)
         end.plane.inlet.expect(key, blocks)
         begin = time.perf_counter()
         self._source.ask("give", self._number, config, transport, end.endpoint, Cut(theirs, 0, blocks))
@@ -162,11 +167,11 @@ class Pair:
         return seconds
 
     def nccl(self, patience_s: float = NCCL_PATIENCE_S) -> str:
-        """See `Found.nccl`."""
+        """See `Found.nccl`; empty if it serves them."""
         config = HandoverConfig(lease_s=patience_s)
         self._number += 1
         end = self._ends[True]
-        end.plane.inlet.open((SOURCE, 1, self._number), 1, self._format, 0, (0,))
+        end.plane.inlet.open((SOURCE, 1, self._number), 1, self.format, 0, (0,))
         self._source.ask("give", self._number, config, "process-group", end.endpoint, Cut((0,), 0, 1))
         said = self._source.ask("broken", config, patience_s)
         end.plane.inlet.close((SOURCE, 1, self._number))
@@ -177,7 +182,7 @@ class Pair:
         """Whether the target's blocks are the source's, by another way than checksums."""
         expected = torch.empty_like(self._pool.kv.flat)
         fill(expected)
-        shape = (self._format.num_layers, -1, self._format.block_bytes)
+        shape = (self.format.num_layers, -1, self.format.block_bytes)
         there, here = expected.view(shape), self._pool.kv.flat.view(shape)
         return all(
             torch.equal(here[:, b], there[:, a]) for a, b in zip(*(o[:blocks] for o in self._orders), strict=True)
@@ -189,28 +194,17 @@ class Pair:
             end.plane.stop()
 
 
-def handovers(
-    device: str, format: KvFormat, tokens: dict[str, tuple[int, ...]], limit: float, rounds: int = ROUNDS
-) -> tuple[list[Handover], str]:
-    """All transports that there are, and what NCCL says. Raises `HandoverFailed` where one breaks, `AssertionError`
-    where what came is not what was sent."""
-    pair = Pair(format, max(max(sizes) for sizes in tokens.values()) // format.block_size, device)
-    found = []
-    try:
-        for transport in pair.transports:
-            for count in tokens[transport]:
-                for frame in FRAMES:
-                    found.append(_measure(pair, transport, format, count, frame, limit, rounds))
-                    print(found[-1], flush=True)
-            assert pair.arrived(count // format.block_size), f"{transport} brought something else"
-        return found, pair.nccl() if device != "cpu" else ""
-    finally:
-        pair.close()
+def handovers(pair: Pair, tokens: Sizes, limit: float, rounds: int = ROUNDS) -> Iterator[Handover]:
+    """All that the two can do. Raises `HandoverFailed` where one breaks, `AssertionError` where what came is not what
+    was sent."""
+    for transport in pair.transports:
+        for count, frame in itertools.product(tokens[transport], FRAMES):
+            yield _measure(pair, transport, count, frame, limit, rounds)
+        assert pair.arrived(count // pair.format.block_size), f"{transport} brought something else"
 
 
-def _measure(
-    pair: Pair, transport: str, format: KvFormat, tokens: int, frame: int, limit: float, rounds: int
-) -> Handover:
+def _measure(pair: Pair, transport: str, tokens: int, frame: int, limit: float, rounds: int) -> Handover:
+    format = pair.format
     blocks = tokens // format.block_size
 
     def seconds(checked: bool) -> float:
@@ -223,6 +217,18 @@ def _measure(
     return Handover(transport, tokens, frame, size, ours, seconds(False), rate, rate / limit)
 
 
+def _steps(found: Found, size: int) -> Iterator[object]:
+    """Measures one thing after the other; what each found, once it is in `found`."""
+    found.kernels.extend(kernels("cuda", size, found.memcpy_gb_per_s))
+    yield from found.kernels
+    with closing(Pair(LLAMA_8B, max(itertools.chain(*TOKENS.values())) // LLAMA_8B.block_size, "cuda")) as pair:
+        for handover in handovers(pair, TOKENS, found.memcpy_gb_per_s):
+            found.handovers.append(handover)
+            yield handover
+        found.nccl = pair.nccl() or "it serves them"
+    yield f"NCCL, of two ranks on this GPU: {found.nccl}"
+
+
 def main() -> int:
     """0 where everything was measured."""
     parser = argparse.ArgumentParser(description="Measure the KV handover on one GPU.")
@@ -232,14 +238,10 @@ def main() -> int:
     if not torch.cuda.is_available() or not pack.compiled():
         print("gpu_kvtransfer: no CUDA device, or no Triton that works on it: nothing was measured", file=sys.stderr)
         return 1
-    limit = memcpy("cuda", options.size)
-    speeds = kernels("cuda", options.size, limit)
-    for speed in speeds:
-        print(speed, flush=True)
-    carried, nccl = handovers("cuda", LLAMA_8B, TOKENS, limit)
-    print(f"NCCL between two ranks on this GPU: {nccl or 'serves them'}")
-    found = Found(torch.cuda.get_device_name(), limit, speeds, carried, nccl)
-    path = write("gpu_kvtransfer", "gpu_kvtransfer", asdict(found), {"torch": torch.__version__}, options.out)
+    found = Found(torch.cuda.get_device_name(), memcpy("cuda", options.size))
+    for step in _steps(found, options.size):  # written after each, so that a run cut short leaves what it found
+        print(step, flush=True)
+        path = write("gpu_kvtransfer", "gpu_kvtransfer", asdict(found), {"torch": torch.__version__}, options.out)
     print(f"wrote {path.name}")
     missing = found.missing(("cuda-ipc", "tcp"))
     for what in missing:

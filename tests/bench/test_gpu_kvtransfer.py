@@ -25,12 +25,11 @@ def pair():
     pair.close()
 
 
-def test_transports_carry_between_two_processes(monkeypatch):
+def test_transports_carry_between_two_processes(monkeypatch, pair):
     monkeypatch.setattr(gpu_kvtransfer, "FRAMES", (1 << 20,))
-    found, nccl = handovers("cpu", SMALL, {"shm": (64, 128), "tcp": (128,)}, limit=1.0, rounds=1)
+    found = list(handovers(pair, {"shm": (64, 128), "tcp": (128,)}, limit=1.0, rounds=1))
     assert [(one.transport, one.tokens) for one in found] == [("shm", 64), ("shm", 128), ("tcp", 128)]
     assert all(one.size == one.tokens * 2 * 4096 and one.gb_per_s > 0 for one in found)
-    assert nccl == ""
 
 
 def test_what_did_not_arrive_is_seen(pair):
@@ -55,9 +54,10 @@ def test_the_kernels_are_timed_one_by_one():
 
 def test_what_is_missing_is_named():
     limit = memcpy("cpu", 1 << 20)
-    found = Found("cpu", limit, kernels("cpu", 1 << 20, limit, programs=(4,)), [], "")
-    assert found.missing(("cuda-ipc", "tcp")) == ["handovers by cuda-ipc", "handovers by tcp"]
-    assert replace(found, kernels=found.kernels[:1]).missing(()) == ["the kernel that unpacks", "the kernel that sums"]
+    found = Found("cpu", limit, kernels("cpu", 1 << 20, limit, programs=(4,)))
+    assert found.missing(("cuda-ipc", "tcp")) == ["handovers by cuda-ipc", "handovers by tcp", "what NCCL says"]
+    found = replace(found, kernels=found.kernels[:1], nccl="no")
+    assert found.missing(()) == ["the kernel that unpacks", "the kernel that sums"]
 
 
 def test_without_a_gpu_it_fails(tmp_path):

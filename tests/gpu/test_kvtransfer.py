@@ -145,9 +145,9 @@ def test_a_pool_that_is_smaller_than_it_says_is_refused(pair):
     """What a source that lies exports is not read beyond its end, which would break the context of who reads."""
     shared, address = pair._pool.memory.shared, pair._source.ask("address")
     assert isinstance(shared, CudaMemory)
-    shared.peer(address, pair._format).close()
+    shared.peer(address, pair.format).close()
     with pytest.raises(TransportFailed, match="smaller"):
-        shared.peer(address.replace(":64@", ":65@"), pair._format)
+        shared.peer(address.replace(":64@", ":65@"), pair.format)
 
 
 # --- whole requests ---
