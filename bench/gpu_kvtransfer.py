@@ -170,13 +170,18 @@ class Pair:
         """See `Found.nccl`; empty if it serves them."""
         config = HandoverConfig(lease_s=patience_s)
         self._number += 1
-        end = self._ends[True]
-        end.plane.inlet.open((SOURCE, 1, self._number), 1, self.format, 0, (0,))
+        end, key = self._ends[True], (SOURCE, 1, self._number)
+        end.plane.inlet.open(key, 1, self.format, 0, (0,))
+        end.plane.inlet.expect(key, 1)
         self._source.ask("give", self._number, config, "process-group", end.endpoint, Cut((0,), 0, 1))
-        said = self._source.ask("broken", config, patience_s)
-        end.plane.inlet.close((SOURCE, 1, self._number))
+        said = str(self._source.ask("broken", config, patience_s))
+        if not said and end.said.empty():
+            said = f"nothing in {patience_s:.0f} s"
+        while not end.said.empty():
+            end.said.get()
+        end.plane.inlet.close(key)
         self._source.ask("close", config, self._number)
-        return str(said)
+        return said
 
     def arrived(self, blocks: int) -> bool:
         """Whether the target's blocks are the source's, by another way than checksums."""

@@ -37,8 +37,9 @@ def copy(
     source: torch.Tensor, source_at: Places, target: torch.Tensor, target_at: Places, size: int, *,
     checked: bool = True, programs: int = PROGRAMS,
 ) -> torch.Tensor:  # fmt: skip
-    """Copy each piece's segments of `size` bytes between flat uint8 tensors of one device and return [pieces] checksums
-    as int64 there, zeros where `checked` is not asked for. Runs on the device's current stream and is not waited for.
+    """Copy each piece's segments of `size` bytes between flat uint8 tensors and return [pieces] checksums as int64 on
+    the target's device, zeros where `checked` is not asked for. Runs on that device's current stream and is not waited
+    for; the source may lie on another one that it reaches.
 
     The checksums are those of the bytes as they were stored, even if somebody writes to the source meanwhile. Source
     and target must not overlap. Raises `IndexError`, with nothing copied, where a segment does not lie in its memory,
@@ -51,9 +52,9 @@ def copy(
     if source.device.type == "cuda" and _suits(source, source_at, size) and _suits(target, target_at, size):
         launch = _kernels()
         if launch is not None:
-            places = torch.from_numpy(np.stack((source_at, target_at))).to(source.device)
+            places = torch.from_numpy(np.stack((source_at, target_at))).to(target.device)
             return launch(source, places, target, *source_at.shape, size, checked, programs)
-    data = _gather(source, source_at, size)
+    data = _gather(source, source_at, size).to(target.device)
     rows, index = _rows(target, target_at, size)
     rows.index_copy_(0, index, data.view(-1, rows.shape[1]))
     return _sums(data) if checked else torch.zeros(len(data), dtype=torch.int64, device=data.device)

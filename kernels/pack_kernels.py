@@ -55,7 +55,7 @@ def launch(
         words, places[0], words if target is None else target.view(torch.int64), places[-1], constants, parts,
         pieces, segments, stripes, blocks, target is not None, checked, _BLOCKS_OF_A_PROGRAM, num_warps=_WARPS,
     )  # fmt: skip
-    sums = torch.zeros(pieces, dtype=torch.int64, device=source.device)
+    sums = (torch.empty if checked else torch.zeros)(pieces, dtype=torch.int64, device=source.device)
     if checked:
         grid = (-(-pieces // _PIECES_OF_A_PROGRAM),)
         _finish[grid](parts, constants, sums, pieces, blocks, segments * size, _PIECES_OF_A_PROGRAM, num_warps=1)
