@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 PROGRAMS = 16
 """Programs of the kernel that touches the bytes, each on a multiprocessor of its own at most: the rest of the device
-goes on computing. So few reach several hundred GB/s, which is more than any link between devices carries."""
+goes on computing. A guess until `bench/gpu_kvtransfer.py` has measured how many a link or a copy needs."""
 
 _STRIPE = 64
 _LONG_PIECE = 240
@@ -30,7 +30,7 @@ _ALIGNED = 16
 """Bytes of one load: what the kernels need places to be multiples of."""
 
 Launch = Callable[..., torch.Tensor]
-"""(source, places [2, segments], target, pieces, segments of each, bytes of a segment, checked, programs) → [pieces]"""
+"""(source, places [2, pieces, segments], target, pieces, segments of each, bytes of a segment, checked, programs) → [pieces]"""
 
 
 def copy(

@@ -45,17 +45,18 @@ def launch(
     checked: bool, programs: int,
 ) -> torch.Tensor:  # fmt: skip
     """See `pack.Launch`. `places` [2 or, without a target, 1, pieces, segments] int64, in bytes."""
+    device = places.device
     stripes = size // 64
     blocks = -(-segments * stripes // _BLOCK)
-    constants = _constants(source.device)
-    parts = torch.empty(pieces * blocks * 8 if checked else 0, dtype=torch.int64, device=source.device)
+    constants = _constants(device)
+    parts = torch.empty(pieces * blocks * 8 if checked else 0, dtype=torch.int64, device=device)
     grid = (min(programs, -(-pieces * blocks // _BLOCKS_OF_A_PROGRAM)),)
     words = source.view(torch.int64)
     _move[grid](
         words, places[0], words if target is None else target.view(torch.int64), places[-1], constants, parts,
         pieces, segments, stripes, blocks, target is not None, checked, _BLOCKS_OF_A_PROGRAM, num_warps=_WARPS,
     )  # fmt: skip
-    sums = (torch.empty if checked else torch.zeros)(pieces, dtype=torch.int64, device=source.device)
+    sums = (torch.empty if checked else torch.zeros)(pieces, dtype=torch.int64, device=device)
     if checked:
         grid = (-(-pieces // _PIECES_OF_A_PROGRAM),)
         _finish[grid](parts, constants, sums, pieces, blocks, segments * size, _PIECES_OF_A_PROGRAM, num_warps=1)
