@@ -30,7 +30,8 @@ _ALIGNED = 16
 """Bytes of one load: what the kernels need places to be multiples of."""
 
 Launch = Callable[..., torch.Tensor]
-"""(source, places [2, pieces, segments], target, pieces, segments of each, bytes of a segment, checked, programs) → [pieces]"""
+"""(source, places [2, pieces, segments], target, pieces, segments of each, bytes of a segment, checked, programs)
+→ checksums [pieces]"""
 
 
 def copy(
