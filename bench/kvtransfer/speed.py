@@ -131,6 +131,7 @@ class Pair:
         return float(self._remote.answer()) - begin
 
     def close(self) -> None:
+        self._group = None
         for end in self._ends.values():
             end.stop()
         self._remote.close()

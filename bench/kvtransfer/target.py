@@ -86,6 +86,11 @@ class Target:
         assert self._group is not None
         return self._group.move(size, message)
 
+    def close(self) -> None:
+        self._group = None
+        for end in self.ends.values():
+            end.stop()
+
 
 class Remote:
     """The target process, seen from the source. Raises `WorkerLost` where it has ended or does not answer."""
@@ -136,8 +141,7 @@ def main(descriptor: int, parent: int) -> None:
                 name, *arguments = msgspec.json.decode(sockets.receive(connection, _MESSAGE))
                 sockets.send(connection, msgspec.json.encode(getattr(target, name)(*arguments)))
         except WorkerLost:  # the source is through
-            for end in target.ends.values():
-                end.stop()
+            target.close()
 
 
 if __name__ == "__main__":
