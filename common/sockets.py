@@ -17,6 +17,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 from .errors import BatonError, HandoverFailed, Unauthorized, WorkerLost
@@ -24,6 +25,7 @@ from .errors import BatonError, HandoverFailed, Unauthorized, WorkerLost
 log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
+CLOSE_S = 1.0
 MAX_CONNECTIONS = 512
 """Connections that a listener serves at a time; more are closed at once."""
 
@@ -62,7 +64,7 @@ class Listener:
         self._token = token
         self._serve = serve
         self._name = name
-        self._open: set[socket.socket] = set()
+        self._open: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._socket = socket.create_server((host, port))
@@ -70,13 +72,19 @@ class Listener:
         threading.Thread(target=self._accept, name=f"{name} door", daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening and hang up on everybody. Idempotent."""
+        """Stop listening, hang up on everybody, and give the threads that serve them a moment to end: one that is in a
+        library's code when the interpreter goes takes the process along with it. Idempotent."""
         with self._lock:
             self._closed = True
             for connection in self._open:
                 hang_up(connection)
+            serving = list(self._open.values())
         hang_up(self._socket)
         self._socket.close()
+        deadline = time.monotonic() + CLOSE_S
+        for thread in serving:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept(self) -> None:
         while True:
@@ -91,8 +99,9 @@ class Listener:
                 if self._closed or len(self._open) >= MAX_CONNECTIONS:
                     connection.close()
                     continue
-                self._open.add(connection)
-            threading.Thread(target=self._run, args=(connection,), name=self._name, daemon=True).start()
+                thread = threading.Thread(target=self._run, args=(connection,), name=self._name, daemon=True)
+                self._open[connection] = thread
+                thread.start()
 
     def _run(self, connection: socket.socket) -> None:
         try:
@@ -111,7 +120,7 @@ class Listener:
             log.log(level, "%s: connection ended: %s", self._name, error)
         finally:
             with self._lock:
-                self._open.discard(connection)
+                self._open.pop(connection, None)
             connection.close()
 
 

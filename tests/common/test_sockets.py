@@ -1,5 +1,6 @@
 import socket
 import threading
+import time
 
 import pytest
 
@@ -81,3 +82,19 @@ def test_a_reader_that_stalls_costs_a_timeout_and_not_a_hang(door: Listener) -> 
         with pytest.raises(WorkerLost):
             for _ in range(200):  # the echo blocks on answers that nobody reads
                 send_all(peer, (1 << 20).to_bytes(4, "little"), bytes(1 << 20))
+
+
+def test_closing_waits_for_those_who_serve() -> None:
+    ended = []
+
+    def serve(connection: socket.socket) -> None:
+        try:
+            receive(connection, 100)
+        finally:
+            time.sleep(0.05)
+            ended.append(connection)
+
+    listener = Listener("127.0.0.1", 0, "secret", serve, "slow")
+    with connect(listener.address, "secret"), connect(listener.address, "secret"):
+        listener.close()
+        assert len(ended) == 2
