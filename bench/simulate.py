@@ -23,7 +23,7 @@ from ..router.request import Finish, RequestState
 from ..router.stats import Snapshot
 from .client import Sample
 from .load import Run
-from .virtual import ROUTER, Costs, SimWorker, World, sim_info
+from .virtual import ROUTER, VOCABULARY, Costs, SimWorker, World, sim_info
 from .workload import Job
 
 ROUTER_TICK_S = 0.05
@@ -77,8 +77,8 @@ class Simulation:
         self._refused: list[Sample] = []
         self._open = 0  # requests that have not got their final word, those still to come included
         limits = Limits(
-            eos_ids=frozenset(), max_model_len=shape.max_model_len, max_batch_tokens=shape.max_batch_tokens,
-            max_running=shape.max_running, max_waiting=1 << 30,
+            vocab_size=VOCABULARY, eos_ids=frozenset(), max_model_len=shape.max_model_len,
+            max_batch_tokens=shape.max_batch_tokens, max_running=shape.max_running, max_waiting=1 << 30,
         )  # fmt: skip
         for epoch, (name, role) in enumerate(shape.members(), start=1):
             info = sim_info(name, role, epoch, shape.num_blocks, shape.block_size, shape.max_model_len, costs)

@@ -24,6 +24,7 @@ MAX_CODES = 64
 class Limits:
     """What the model and the configuration allow."""
 
+    vocab_size: int
     eos_ids: frozenset[int]
     max_model_len: int
     max_batch_tokens: int

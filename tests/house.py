@@ -11,7 +11,8 @@ from baton.common.clock import RealClock
 from baton.common.messages import Members, WorkerStatus
 from baton.common.types import Role
 from baton.worker.assembly import Worker
-from tests.toy import ToyEngine, worker_config
+from tests.poison import Poison
+from tests.toy import LAYERS, ToyEngine, worker_config
 
 
 class Crash(BaseException):
@@ -24,21 +25,26 @@ def _run(worker: Worker, stop: threading.Event) -> None:
 
 
 class House:
-    """`workers` by name; a name that is used again is another incarnation."""
+    """`workers` by name; a name that is used again is another incarnation. Blocks that nobody owns are poisoned."""
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
+        self._poison: dict[str, Poison] = {}
         self._loops: dict[str, tuple[threading.Thread, threading.Event]] = {}
         self._changed = asyncio.Event()
         self._version = 0
 
     async def worker(self, name: str, role: Role, engine: ToyEngine | None = None, **handover: object) -> Worker:
-        worker = Worker(worker_config(name, role, **handover), engine or ToyEngine(), RealClock())
+        engine = engine or ToyEngine()
+        worker = Worker(worker_config(name, role, **handover), engine, RealClock())
+        blocks = engine.pool.shared.memory.reshape(LAYERS, engine.num_blocks, -1)
+        poison = Poison(worker.loop.context.table.manager, blocks)
         await worker.start()
         stop = threading.Event()
         thread = threading.Thread(target=_run, args=(worker, stop))
         thread.start()
         self.workers[name] = worker
+        self._poison[name] = poison
         self._loops[name] = (thread, stop)
         self._tell()
         return worker
@@ -49,6 +55,7 @@ class House:
         stop.set()
         await self.workers.pop(name).stop()
         await asyncio.to_thread(thread.join, 5.0)
+        self._poison.pop(name).check()
         self._tell()
 
     def alive(self, name: str) -> bool:

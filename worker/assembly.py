@@ -19,7 +19,6 @@ from ..common.types import Role, WorkerInfo, WorkerRef
 from ..decode.role import DecodeRole
 from ..engine import role as engine_role
 from ..engine.block_table import BlockTable
-from ..engine.follower import Followers
 from ..engine.loop import EngineLoop
 from ..engine.mailbox import Inbox, Inspect, Mail, Outbox
 from ..engine.plan import Runner
@@ -35,7 +34,8 @@ from .links import RouterLines, SourceLines, TargetLines
 from .sharing import CacheHost, Sharing
 from .spread import PlaneConfig, SpreadInlet, SpreadOutlet, doors_of
 
-if TYPE_CHECKING:  # it needs torch, and not all workers do
+if TYPE_CHECKING:  # they need torch, and not all workers do
+    from ..engine.follower import Followers
     from ..kvtransfer.process_group import ProcessGroups
 
 CHECK_TIMEOUT_S = 10.0
@@ -108,6 +108,7 @@ class Worker:
         self.ref = WorkerRef(config.name, address, secrets.randbits(62) + 1)
         table = BlockTable(engine.num_blocks, BlockHasher(config.engine.block_size, cluster_key(config.cluster_token)))
         limits = Limits(
+            vocab_size=engine.vocab_size,
             eos_ids=engine.eos_ids,
             max_model_len=min(engine.max_model_len, engine.num_blocks * config.engine.block_size),
             max_batch_tokens=config.engine.max_batch_tokens,

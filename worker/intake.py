@@ -133,11 +133,13 @@ class Intake(Computeless):
 
     def _expect(self, incoming: Incoming, commit: Commit) -> None:
         """All is announced. A commit that does not follow from what was reserved for ends the handover."""
-        known, tokens = len(incoming.sequence.tokens), commit.tokens
+        known, tokens, limits = len(incoming.sequence.tokens), commit.tokens, self._context.limits
         if [t.position for t in tokens] != list(range(known, known + len(tokens))):
             self._abort(incoming, HandoverFailed(f"the commit's tokens do not follow the {known} that are known"))
-        elif known + len(tokens) > self._context.limits.max_model_len:
+        elif known + len(tokens) > limits.max_model_len:
             self._abort(incoming, HandoverFailed(f"{known + len(tokens)} tokens do not fit this worker"))
+        elif any(t.token >= limits.vocab_size for t in tokens):
+            self._abort(incoming, HandoverFailed(f"a token that is none of the model's {limits.vocab_size}"))
         else:
             self._inlet.expect(incoming.key, self._context.table.blocks_for(incoming.kv_tokens))
 
@@ -176,6 +178,8 @@ class Intake(Computeless):
             raise PoolFull(f"{len(request.tokens)} tokens are more than this worker's whole pool")
         if not request.tokens or len(request.tokens) >= context.limits.max_model_len:
             raise InvalidRequest(f"{len(request.tokens)} tokens do not fit this worker")
+        if max(request.tokens) >= context.limits.vocab_size:
+            raise InvalidRequest(f"a token that is none of the model's {context.limits.vocab_size}")
         if len(self._incoming) >= context.handover.max_sending:
             raise PoolFull(f"{len(self._incoming)} handovers are coming in already")
 

@@ -16,7 +16,7 @@ from baton.engine.mailbox import FromRouter, FromSource, Inbox, Mail, Outbox, Ro
 from baton.engine.role import Context, Limits
 from baton.kvtransfer.inlet import RankInlet
 from baton.worker.assembly import make_roles
-from tests.toy import BLOCK_SIZE, EOS, ToyPool, ToyRunner, endpoint, oracle, request
+from tests.toy import BLOCK_SIZE, EOS, VOCAB, ToyPool, ToyRunner, endpoint, oracle, request
 
 SOURCE, TARGET = endpoint("prefill-0"), endpoint("worker-0", epoch=2)
 NO_OUTLET: Any = Mock()
@@ -29,7 +29,12 @@ class Bench:
         self.clock, self.inbox, pool = ManualClock(), Inbox(), ToyPool(num_blocks)
         self.said: list[Mail] = []
         limits = Limits(
-            eos_ids=frozenset({EOS}), max_model_len=150, max_batch_tokens=32, max_running=32, max_waiting=999
+            vocab_size=VOCAB,
+            eos_ids=frozenset({EOS}),
+            max_model_len=150,
+            max_batch_tokens=32,
+            max_running=32,
+            max_waiting=999,
         )
         context = Context(
             endpoint=TARGET, table=BlockTable(num_blocks, BlockHasher(BLOCK_SIZE)), outbox=Outbox(),

@@ -49,7 +49,7 @@ def decoding(runner: Runner, clock: ManualClock, mail: list[Mail], streams: int 
     """A loop over a decode worker's role, in whose batch are these many requests."""
     table = BlockTable(64, BlockHasher(16))
     limits = Limits(
-        eos_ids=frozenset(), max_model_len=1000, max_batch_tokens=64, max_running=8, max_waiting=8
+        vocab_size=1000, eos_ids=frozenset(), max_model_len=1000, max_batch_tokens=64, max_running=8, max_waiting=8
     )  # fmt: skip
     context = Context(
         endpoint=endpoint("w"), table=table, outbox=Outbox(), limits=limits, handover=HandoverConfig(),

@@ -35,7 +35,7 @@ from baton.protos.values import endpoint_to_wire
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from tests.house import House
-from tests.toy import FORMAT, LAYERS, ToyPool, endpoint, oracle, request
+from tests.toy import FORMAT, LAYERS, VOCAB, ToyPool, endpoint, oracle, request
 
 PROMPT = tuple(range(30, 40))  # three blocks, the last of them partial
 BLOCKS = 3
@@ -467,23 +467,24 @@ async def test_what_makes_no_sense_ends_the_control_stream(scene: Scene, later: 
     await scene.house.balanced()
 
 
-def _reserves(control: Control) -> dict[str, Reserve]:
+def _reserves(control: Control) -> list[tuple[str, Reserve]]:
     ref, make = control.worker.ref, control.reserve
     evil = request("evil", PROMPT, 20)
-    return {
-        "stale_epoch": make(2, target=replace(ref, epoch=1)),
-        "handover_failed": make(3, router="nobody"),
-        "invalid_value": make(4, request=replace(evil, tokens=(1,) * 200, prompt_len=200)),
-        "pool_full": make(5, request=replace(evil, tokens=(1,) * 10_000, prompt_len=10_000)),
-        "transport_failed": make(6, avoid=("cuda-ipc", "shm", "process-group", "tcp", "grpc", "pigeon")),
-        "stale_attempt": make(7, ticket=10_001),
-    }
+    return [
+        ("stale_epoch", make(2, target=replace(ref, epoch=1))),
+        ("handover_failed", make(3, router="nobody")),
+        ("invalid_value", make(4, request=replace(evil, tokens=(1,) * 200, prompt_len=200))),
+        ("invalid_value", make(5, request=replace(evil, tokens=(VOCAB,), prompt_len=1))),
+        ("pool_full", make(6, request=replace(evil, tokens=(1,) * 10_000, prompt_len=10_000))),
+        ("transport_failed", make(7, avoid=("cuda-ipc", "shm", "process-group", "tcp", "grpc", "pigeon"))),
+        ("stale_attempt", make(8, ticket=10_001)),
+    ]
 
 
 async def test_reservations_that_are_refused(scene: Scene) -> None:
     async with Control(scene.worker) as control:
         await control.reserved(1)
-        for code, reserve in _reserves(control).items():
+        for code, reserve in _reserves(control):
             said = await control.ask(reserve)
             assert isinstance(said, Refused) and (said.handover_id, said.code) == (reserve.handover_id, code), said
         with pytest.raises(InvalidRequest):  # no numbers below 0 on the wire
@@ -491,7 +492,7 @@ async def test_reservations_that_are_refused(scene: Scene) -> None:
     other_model = replace(EVIL, format=KvFormat(LAYERS, 2, 2, 4, "int8"))
     for own in (other_model, replace(EVIL, fingerprint="other weights")):
         async with Control(scene.worker, own=own) as control:
-            said = await control.ask(control.reserve(8))
+            said = await control.ask(control.reserve(9))
             assert isinstance(said, Refused) and said.code == FingerprintMismatch.code
 
 
@@ -507,6 +508,7 @@ COMMITS: dict[str, tuple[TokenOut, ...]] = {
     "tokens beyond what was reserved": tuple(TokenOut(1, len(PROMPT) + i, 5) for i in range(100)),
     "a token at another position": (TokenOut(1, len(PROMPT) + 1, 5),),
     "a token that is known": (TokenOut(1, len(PROMPT) - 1, 5),),
+    "a token of no model": (TokenOut(1, len(PROMPT), VOCAB),),
     "a token twice": (TokenOut(1, len(PROMPT), 5), TokenOut(1, len(PROMPT), 5)),
     "more tokens than the model can": tuple(TokenOut(1, len(PROMPT) + i, 5) for i in range(5000)),
 }

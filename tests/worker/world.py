@@ -32,7 +32,7 @@ from baton.kvtransfer.transport import Giver, Offer, Store
 from baton.kvtransfer.wire import Checksums, FrameHeader
 from baton.worker.assembly import make_roles
 from tests.poison import Poison
-from tests.toy import BLOCK_SIZE, EOS, FORMAT, ToyPool, ToyRunner, endpoint
+from tests.toy import BLOCK_SIZE, EOS, FORMAT, VOCAB, ToyPool, ToyRunner, endpoint
 
 LEASE_S = 2.0
 WHOLE = Route(0, 0, 0, 0, 1)
@@ -135,7 +135,10 @@ class Bench:
         self.alive = True
         door = {"tcp": name, "shm": self.pool.shared.address(12)}
         self.own = replace(endpoint(name, name), host="here", doors=(door,))
-        limits = Limits(eos_ids=frozenset({EOS}), max_model_len=40, max_batch_tokens=16, max_running=4, max_waiting=9)
+        limits = Limits(
+            vocab_size=VOCAB, eos_ids=frozenset({EOS}), max_model_len=40, max_batch_tokens=16, max_running=4,
+            max_waiting=9,
+        )  # fmt: skip
         table = BlockTable(12, BlockHasher(BLOCK_SIZE))
         self.context = Context(
             endpoint=self.own, table=table, outbox=Outbox(), limits=limits,
