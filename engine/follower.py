@@ -24,8 +24,9 @@ import msgpack
 
 from ..common import sockets
 from ..common.errors import EngineBroken, WorkerLost
-from .group import GROUP_TIMEOUT_S
 
+GROUP_TIMEOUT_S = 10.0
+"""How long the ranks may be apart at a collective operation, or a command may lie unread."""
 MAX_MESSAGE = 64 << 20
 STALL_S = 120.0
 """A rank that is starting and has said nothing for this long is taken for hung."""

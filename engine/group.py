@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.distributed
 
+from .follower import GROUP_TIMEOUT_S
+
 _c10d: Any = torch.distributed
 """Any: torch's type stubs do not know what its single backends can do."""
-
-GROUP_TIMEOUT_S = 10.0
-"""How long the ranks may be apart at a collective operation."""
 
 
 class RankGroup:

@@ -10,8 +10,7 @@ import threading
 from dataclasses import dataclass
 
 from ..common.config import EngineConfig, split_threads, to_json
-from ..engine.follower import Followers
-from ..engine.group import GROUP_TIMEOUT_S
+from ..engine.follower import GROUP_TIMEOUT_S, Followers
 
 END_TIMEOUT_S = 5.0
 """How long the kernel may take to end a process that was sent SIGKILL."""
