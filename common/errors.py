@@ -100,6 +100,12 @@ class TransportFailed(HandoverFailed):
     code = "transport_failed"
 
 
+class CorruptBlock(HandoverFailed):
+    """KV does not hash to what its source says. Where it went wrong is not known: the source computes it again."""
+
+    code = "corrupt_block"
+
+
 class EngineFailure(BatonError):
     """The engine raised inside a step."""
 

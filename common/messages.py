@@ -11,6 +11,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .errors import HandoverFailed
 from .hashing import BlockHash
 from .kv_format import KvFormat
 from .types import FinishReason, Request, TokenLogprob, WorkerRef
@@ -306,10 +307,12 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Spoiled:
-    """Bytes for a reservation arrived damaged, break the protocol, or can not be fetched."""
+    """Bytes for a reservation arrived damaged, break the protocol, or can not be fetched; `code` as in
+    `common.errors`."""
 
     key: HandoverKey
     message: str
+    code: str = HandoverFailed.code
 
 
 @dataclass(frozen=True, slots=True)

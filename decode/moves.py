@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..common.errors import BatonError, HandoverFailed, TransportFailed, from_code
+from ..common.errors import BatonError, CorruptBlock, HandoverFailed, TransportFailed, from_code
 from ..common.messages import (
     Abort,
     Committed,
@@ -106,6 +106,8 @@ class Moves:
                 if isinstance(error, TransportFailed):
                     self._outlet.forgive(outgoing.target)
                 self._stay(outgoing, error, tell=False)  # the target says that it has it not
+                if isinstance(error, CorruptBlock):
+                    self._planner.recompute(outgoing.subject)
 
     def target_gone(self, target: WorkerRef) -> None:
         self._outlet.forgive(target)

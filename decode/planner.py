@@ -44,6 +44,11 @@ class ContinuousBatching:
                 group.remove(sequence)
         self._table.drop(sequence)
 
+    def recompute(self, sequence: Sequence) -> None:
+        """The KV of a running sequence is in doubt: it gives up its blocks, and gets it computed again."""
+        self._table.manager.disown(sequence.blocks)
+        self._preempt(sequence)
+
     def plan(self, plan: StepPlan) -> None:
         """Add a slice for each running sequence that fits the budget; first make room, then resume who was
         preempted and fits again."""

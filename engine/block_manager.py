@@ -106,6 +106,18 @@ class BlockManager:
             self._by_hash[block_hash] = block
             self._events[block_hash] = True
 
+    def disown(self, blocks: Iterable[int]) -> None:
+        """Take these blocks' names away: what they hold is in doubt, and nobody else shall find it."""
+        for block in blocks:
+            block_hash = self._hash[block]
+            if block_hash is not None:
+                self._hash[block] = None
+                del self._by_hash[block_hash]
+                self._events[block_hash] = False
+                if block in self._cached:
+                    del self._cached[block]
+                    self._free.append(block)
+
     def hashes(self) -> tuple[BlockHash, ...]:
         """All content that can be found here now."""
         return tuple(self._by_hash)

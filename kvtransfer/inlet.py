@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.clock import Clock
-from ..common.errors import BatonError, HandoverFailed, StaleAttempt
+from ..common.errors import BatonError, CorruptBlock, HandoverFailed, StaleAttempt
 from ..common.kv_format import KvFormat
 from ..common.messages import Filled, HandoverKey, Spoiled
 from .layout import Route, piece_bytes, routes
@@ -110,7 +110,7 @@ class RankInlet:
             try:
                 complete = self._write(reservation, rank, header, taker)
             except BatonError as error:
-                self._post(Spoiled(key, error.message))
+                self._post(Spoiled(key, error.message, error.code))
                 raise
         if complete:
             self._post(Filled(key))
@@ -134,7 +134,7 @@ class RankInlet:
             raise HandoverFailed(f"layer {header.layer}, block {header.first}: overlaps what came before")
         sums = taker.land(self._store, header, reservation.blocks[start:end], route)
         if self._store.checked and sums.tobytes() != header.checksums:
-            raise HandoverFailed(f"checksum of layer {header.layer}, blocks from {header.first} on does not match")
+            raise CorruptBlock(f"checksum of layer {header.layer}, blocks from {header.first} on does not match")
         arrived[:] = True
         reservation.touched = self._clock.now()
         if reservation.expected is None or start >= reservation.expected:

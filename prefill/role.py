@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from ..common.errors import (
     BatonError,
+    CorruptBlock,
     DeadlineExceeded,
     HandoverFailed,
     InvalidRequest,
@@ -125,6 +126,8 @@ class PrefillRole:
                     self._handed_over(outgoing, now)
             case Refused(code=code, message=text) | Abort(code=code, message=text):
                 error = from_code(code, f"{outgoing.target.name}: {text}")
+                if isinstance(error, CorruptBlock):
+                    self._context.table.manager.disown(outgoing.subject.blocks)
                 if isinstance(error, TransportFailed):
                     self._outlet.forgive(outgoing.target)  # all have failed: begin again with the best
                 self._fail(outgoing.subject, error, tell=False)

@@ -36,7 +36,7 @@ class House:
 
     async def worker(self, name: str, role: Role, engine: ToyEngine | None = None, **handover: object) -> Worker:
         engine = engine or ToyEngine()
-        worker = Worker(worker_config(name, role, **handover), engine, RealClock())
+        worker = Worker(worker_config(name, role, engine.block_size, **handover), engine, RealClock())
         blocks = engine.pool.shared.memory.reshape(LAYERS, engine.num_blocks, -1)
         poison = Poison(worker.loop.context.table.manager, blocks)
         await worker.start()

@@ -50,18 +50,24 @@ def oracle(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-FORMAT = KvFormat(num_layers=LAYERS, num_kv_heads=1, head_dim=ENTRY // 2, block_size=BLOCK_SIZE, dtype="int8")
+def kv_format(block_size: int) -> KvFormat:
+    return KvFormat(num_layers=LAYERS, num_kv_heads=1, head_dim=ENTRY // 2, block_size=block_size, dtype="int8")
+
+
+FORMAT = kv_format(BLOCK_SIZE)
 """As transports see it: K is the first half of an entry, V the second. (The toy's scales are never written.)"""
 
 
 class ToyPool:
     """Blocks of bytes in shared memory: `bytes` [layers, blocks, 2, block_size, half an entry]."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.shared = SharedMemory(LAYERS * num_blocks * FORMAT.block_bytes)
-        rows = self.shared.memory.reshape(LAYERS, num_blocks, 2, FORMAT.row_bytes)
-        self.bytes = rows[..., : BLOCK_SIZE * ENTRY // 2].reshape(LAYERS, num_blocks, 2, BLOCK_SIZE, ENTRY // 2)
-        self.store = HostStore(self.shared.memory, FORMAT, 0, num_blocks, _never)
+    def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE) -> None:
+        form = kv_format(block_size)
+        self.block_size = block_size
+        self.shared = SharedMemory(LAYERS * num_blocks * form.block_bytes)
+        rows = self.shared.memory.reshape(LAYERS, num_blocks, 2, form.row_bytes)
+        self.bytes = rows[..., : block_size * ENTRY // 2].reshape(LAYERS, num_blocks, 2, block_size, ENTRY // 2)
+        self.store = HostStore(self.shared.memory, form, 0, num_blocks, _never)
 
     def write(self, layer: int, block: int, offset: int, entry: bytes) -> None:
         self.bytes[layer, block, :, offset] = np.frombuffer(entry, np.uint8).reshape(2, -1)
@@ -96,13 +102,13 @@ class ToyRunner:
 
     def _write(self, part: Slice, layer: int) -> None:
         for position in range(part.start, part.end):
-            block, offset = divmod(position, BLOCK_SIZE)
+            block, offset = divmod(position, self.pool.block_size)
             entry = _entry(part.sequence.tokens[position], position, layer)
             self.pool.write(layer, part.sequence.blocks[block], offset, entry)
 
     def _sample(self, part: Slice) -> int:
         kv = b""
-        blocks = part.sequence.blocks[: -(-part.end // BLOCK_SIZE)]
+        blocks = part.sequence.blocks[: -(-part.end // self.pool.block_size)]
         for layer in range(LAYERS):
             kv += self.pool.read(layer, blocks)[: part.end * ENTRY]
         return _next(kv)
@@ -118,9 +124,10 @@ class ToyEngine:
     vocab_size: int = VOCAB
     eos_ids: frozenset[int] = frozenset({EOS})
     groups: ProcessGroups | None = None
+    block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
-        self.pool = ToyPool(self.num_blocks)
+        self.pool = ToyPool(self.num_blocks, self.block_size)
         self.store, self.shared = self.pool.store, self.pool.shared
         self.followers = None
         self.runner = ToyRunner(self.pool)
@@ -131,11 +138,11 @@ def endpoint(name: str, address: str = "127.0.0.1:9", epoch: int = 1) -> Endpoin
     return Endpoint(WorkerRef(name, address, epoch), "toy", FORMAT, "elsewhere", ({"tcp": address},))
 
 
-def worker_config(name: str, role: Role, **handover: object) -> WorkerConfig:
+def worker_config(name: str, role: Role, block_size: int = BLOCK_SIZE, **handover: object) -> WorkerConfig:
     return WorkerConfig(
         name=name,
         role=role,
-        engine=EngineConfig(model="toy", block_size=BLOCK_SIZE, max_batch_tokens=32, max_running=64),
+        engine=EngineConfig(model="toy", block_size=block_size, max_batch_tokens=32, max_running=64),
         handover=HandoverConfig(**{"lease_s": 2.0, "headroom_tokens": 8, **handover}),  # type: ignore[arg-type]
         model_name="toy",
         cluster_token="secret",

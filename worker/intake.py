@@ -20,6 +20,7 @@ from ..common.errors import (
     StaleAttempt,
     StaleEpoch,
     WorkerLost,
+    from_code,
 )
 from ..common.messages import (
     Abort,
@@ -100,9 +101,9 @@ class Intake(Computeless):
                 if filled := self._incoming.get(key):
                     filled.state.fill()
                     self._conclude(filled, now)
-            case Spoiled(key, text):
+            case Spoiled(key, text, code):
                 if spoiled := self._incoming.get(key):
-                    self._abort(spoiled, HandoverFailed(text))
+                    self._abort(spoiled, from_code(code, text))
 
     def _from_source(self, source: Endpoint, message: SourceMessage, now: float) -> None:
         name, epoch = source.ref.name, source.ref.epoch

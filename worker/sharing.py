@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ..common.errors import PoolFull
+from ..common.errors import CorruptBlock, PoolFull
 from ..common.messages import Abort, Committed, Purpose, Refused, Reserve, Reserved, Share, TokenOut, TransportBroken
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
 from ..engine.role import Computeless, Context
@@ -64,6 +64,8 @@ class Sharing(Computeless):
                             self._end(outgoing)
                     case Refused() | Abort():
                         log.debug("%s does not keep it: %s", outgoing.target.name, message.message)
+                        if message.code == CorruptBlock.code:
+                            self._context.table.manager.disown(outgoing.subject.blocks)
                         self._sender.abort(outgoing, message.code, message.message, tell=False)
                         self._end(outgoing)
             case TargetGone(target):

@@ -65,7 +65,7 @@ class SpreadInlet:
         self._filled: dict[HandoverKey, set[int]] = {}
         self._lock = threading.Lock()
         followers.subscribe("filled", lambda rank, *key: self.filled(rank, (key[0], key[1], key[2])))
-        followers.subscribe("spoiled", lambda _, *it: post(Spoiled((it[0], it[1], it[2]), it[3])))
+        followers.subscribe("spoiled", lambda _, *it: post(Spoiled((it[0], it[1], it[2]), it[3], it[4])))
 
     def open(self, key: HandoverKey, attempt: int, source: KvFormat, first: int, blocks: Sequence[int]) -> None:
         with self._lock:
@@ -201,8 +201,8 @@ class FollowingPlane:
         match event:
             case Filled(key):
                 self._follower.report("filled", *key)
-            case Spoiled(key, message):
-                self._follower.report("spoiled", *key, message)
+            case Spoiled(key, message, code):
+                self._follower.report("spoiled", *key, message, code)
             case TransportBroken(target, transport, message):
                 self._follower.report("broken", astuple(target), transport, message)
 

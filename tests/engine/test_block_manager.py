@@ -122,3 +122,18 @@ def test_release_once_too_often() -> None:
     manager.release(blocks)
     with pytest.raises(BlockLeak):
         manager.release(blocks)
+
+
+def test_disowned_blocks_are_found_by_nobody() -> None:
+    """Pinned ones stay with their owners, cached ones become free; the books balance."""
+    manager = BlockManager(3)
+    blocks = manager.allocate(2)
+    for block in blocks:
+        manager.seal(block, bytes([block]) * 16)
+    manager.release(blocks[1:])
+    manager.drain_events()
+    manager.disown([*blocks, 0])
+    assert manager.match([bytes([blocks[0]]) * 16]) == [] and manager.hashes() == ()
+    assert (manager.free, manager.cached, manager.pinned) == (2, 0, 1)
+    assert manager.drain_events() == ((), tuple(bytes([b]) * 16 for b in blocks))
+    manager.check([blocks[:1]])

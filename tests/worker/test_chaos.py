@@ -144,7 +144,7 @@ async def test_damaged_bytes_are_noticed_and_computed_again(house: House, router
     await ready(router)
     await check(router, range(6), 20)
     aborts = dict(decode.loop.load().handover_aborts)
-    assert damaged and aborts["handover_failed"] > 0
+    assert damaged and aborts["corrupt_block"] > 0
     await house.balanced()
 
 

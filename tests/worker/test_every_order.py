@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from baton.common.messages import Abort, Commit, Failed, Finished, HandedOver, Move, Reserve, Submit
+from baton.common.messages import Abort, Commit, Failed, Finished, HandedOver, Move, Reserve, Stayed, Submit
 from baton.common.types import Role
 from baton.engine.mailbox import FromRouter
 from tests.toy import oracle, request
@@ -161,3 +161,21 @@ def test_what_has_ended_has_no_second_life() -> None:
                     break
         assert world.source.running and not world.target.running
         ends(world, [])
+
+
+def test_a_source_that_decodes_does_not_trust_what_it_sent_damaged() -> None:
+    """The memory went wrong, not the wire: the request stays, and its KV is computed again before the next token."""
+    with begin(Role.COLOCATED, "tcp", 2 * LENGTH) as world:
+        world.play("deliver", "control", 0)
+        world.play("deliver", "answer", 0)
+        header, data = world.source.frames.flying[0]
+        world.source.frames.flying[0] = (header, bytes([data[0] ^ 1]) + data[1:])
+        world.play("deliver", "frame", 0)
+        (abort,) = world.target.to_sources
+        assert isinstance(abort, Abort) and abort.code == "corrupt_block"
+        block = next(s for role in world.source.roles for s in role.sequences()).blocks[0]
+        world.source.pool.bytes[header.layer, block] ^= 1
+        world.play("deliver", "answer", 0)
+        assert world.source.heard(Stayed)
+        ends(world, [])
+        assert [t.position for t in world.source.tokens][-1] == len(EXPECTED) - 1
