@@ -129,7 +129,7 @@ INLINE void run(sums *s, const uint8_t *from, uint8_t *to, const uint8_t *fetch,
                 int check, enum put put)
 {
     for (long i = 0; i < stripes; i++) {
-        __builtin_prefetch(fetch + i * STRIPE);
+        __builtin_prefetch(fetch + i * STRIPE, 0, put == STREAMED ? 0 : 3); /* past the caches, too, or into all */
         for (int v = 0; v < VECTORS; v++) {
             long at = i * STRIPE + v * WIDTH;
             lanes x = load(from + at);
