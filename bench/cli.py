@@ -189,7 +189,7 @@ def kvtransfer(
     save: Save = "",
 ) -> None:
     """Measure the handover: transports against their media, checksums, what hides, whether decoding stalls."""
-    from ..kvtransfer.transport import ORDER
+    from ..common.config import TRANSPORTS
     from . import record
     from .kvtransfer import plots, suite
     from .kvtransfer.stall import Load
@@ -203,7 +203,7 @@ def kvtransfer(
         raise typer.BadParameter("--tokens and --rounds go together, one for one")
     plan = suite.Plan(
         model=model_folder(model), parts=wanted, sizes=tuple(zip(sizes, turns, strict=True)), prompt=prompt,
-        transports=tuple(transports.split(",")) if transports else ORDER, load=Load(windows=windows),
+        transports=tuple(transports.split(",")) if transports else TRANSPORTS, load=Load(windows=windows),
     )  # fmt: skip
     console = Console()
     load_before = _warn_if_busy(console)

@@ -44,6 +44,10 @@ class EngineConfig:
     dummy_weights: bool = False
 
 
+TRANSPORTS = ("cuda-ipc", "shm", "process-group", "tcp", "grpc")
+"""How KV can travel, the best way first (`kvtransfer/transport.py`)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoverConfig:
     """Limits of the KV handover."""

@@ -317,11 +317,13 @@ class Spoiled:
 
 @dataclass(frozen=True, slots=True)
 class TransportBroken:
-    """The bytes to this target stopped flowing by this transport."""
+    """The bytes to this target stopped flowing by this transport. `lasting`: it can not be had between the two;
+    otherwise an answer did not come, or the line broke, and it may do again later."""
 
     target: WorkerRef
     transport: str
     message: str
+    lasting: bool = True
 
 
 # --- worker → controller → gateway ----------------------------------------------------------------------------------

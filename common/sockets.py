@@ -14,6 +14,7 @@ import contextlib
 import hmac
 import logging
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
 CLOSE_S = 1.0
+ACCEPT_PAUSE_S = 0.1
 MAX_CONNECTIONS = 512
 """Connections that a listener serves at a time; more are closed at once."""
 
@@ -90,18 +92,24 @@ class Listener:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
+            except OSError as error:
                 if self._closed:
                     return
-                log.warning("%s: a connection could not be accepted", self._name)
+                log.warning("%s: a connection could not be accepted: %s", self._name, error)
+                time.sleep(ACCEPT_PAUSE_S)  # out of descriptors, say: trying at once would only burn the processor
                 continue
             with self._lock:
                 if self._closed or len(self._open) >= MAX_CONNECTIONS:
                     connection.close()
                     continue
                 thread = threading.Thread(target=self._run, args=(connection,), name=self._name, daemon=True)
-                self._open[connection] = thread
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads are to be had
+                    log.warning("%s: nobody to serve a connection: %s", self._name, error)
+                    connection.close()
+                else:
+                    self._open[connection] = thread
 
     def _run(self, connection: socket.socket) -> None:
         try:
@@ -149,16 +157,29 @@ def send_all(connection: socket.socket, *parts: Buffer) -> None:
 
 
 def receive_exactly(connection: socket.socket, target: memoryview) -> None:
-    """Fill `target` with what comes. Raises `WorkerLost` where it does not come within the socket's timeout."""
-    rest = target.cast("B")
+    """Fill `target` with what comes. Raises `WorkerLost` where it does not come whole within the socket's timeout."""
+    rest, timeout = target.cast("B"), connection.gettimeout()
+    deadline = None if timeout is None else time.monotonic() + timeout
     try:
         while rest.nbytes:
+            if deadline is not None:
+                connection.settimeout(max(deadline - time.monotonic(), _SOON_S))
             count = connection.recv_into(rest)
             if count == 0:
                 raise WorkerLost("the other end hung up")
             rest = rest[count:]
     except OSError as error:
         raise WorkerLost(f"nothing more came: {error}") from error
+    finally:
+        connection.settimeout(timeout)
+
+
+def wait(connection: socket.socket) -> None:
+    """Return when something has come, or the other end hung up. Without a deadline, for a line whose other end may have
+    nothing to say; a host that vanishes is noticed by keepalive."""
+    waiting = select.poll()
+    waiting.register(connection, select.POLLIN)
+    waiting.poll()
 
 
 def hang_up(connection: socket.socket) -> None:
@@ -167,7 +188,19 @@ def hang_up(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+def hung_up(connection: socket.socket) -> bool:
+    """Whether the other end will say nothing more. Reads nothing, and does not wait."""
+    waiting = select.poll()
+    waiting.register(connection, select.POLLIN)
+    try:
+        return bool(waiting.poll(0)) and not connection.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
+
+
 _IOV_MAX = 512
+_SOON_S = 0.001
+"""What is left of a deadline that has passed: a timeout of 0 would mean another thing."""
 
 
 def _after(parts: list[memoryview], sent: int) -> list[memoryview]:

@@ -111,6 +111,12 @@ class Request:
     priority: int = 0
     deadline_s: float = 600.0
 
+    def validate(self, vocab_size: int) -> None:
+        """Raises `InvalidRequest` where a value is out of range: in the engine it would cost a whole step."""
+        if self.tokens and max(self.tokens) >= vocab_size:
+            raise InvalidRequest(f"a token that is none of the model's {vocab_size}")
+        self.params.validate(vocab_size)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

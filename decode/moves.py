@@ -3,8 +3,9 @@
     start ──Reserve──▶ asked ──Reserved──▶ following ──caught up──▶ paused, Commit ──Committed──▶ gone
 
 While blocks travel the request goes on decoding here, and what fills up meanwhile follows. Once nothing is under way
-it pauses, and its last, partial block and the tokens drawn since `Reserve` go with the commit: the pause is one small
-transfer, whatever the length of the context. (Live migration of requests is Llumnix's, OSDI '24.)
+it pauses, and its last, partial block and the tokens drawn since `Reserve` go with the commit. So the pause is one
+small transfer, unless the context takes longer to travel than half the room that the target keeps for new tokens
+lasts: then it waits for the rest. (Live migration of requests is Llumnix's, OSDI '24.)
 
 Until the commit is out, whatever goes wrong ends the move and not the request, which stays. After that only the target
 knows whether it has it: an answer that does not come makes it the router's case, as with any handover.
@@ -83,10 +84,15 @@ class Moves:
             self._drawn[outgoing.id].append(token)
 
     def interrupt(self, sequence: Sequence, code: str, message: str) -> None:
-        """The sequence has ended here, or lost its blocks: so has its move. No error if it is not on its way."""
+        """The sequence has ended here, and so has its move. No error if it is not on its way."""
         if outgoing := self._sender.of(sequence):
             self._sender.abort(outgoing, code, message, tell=True)
             self._end(outgoing)
+
+    def preempted(self, sequence: Sequence) -> None:
+        """The sequence has lost its blocks and stays. No error if it is not on its way."""
+        if outgoing := self._sender.of(sequence):
+            self._stay(outgoing, HandoverFailed("its blocks were needed"), tell=True)
 
     # --- what others tell ---
 

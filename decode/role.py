@@ -24,7 +24,7 @@ from .planner import ContinuousBatching
 log = logging.getLogger(__name__)
 
 
-class Incoming(Protocol):
+class Reservations(Protocol):
     """Handovers that come in, as the role sees them that goes on with them: `worker.intake.Intake`."""
 
     def holds(self, key: SequenceKey) -> bool: ...
@@ -35,7 +35,7 @@ class Incoming(Protocol):
 class DecodeRole:
     """Implements `engine.role.Host` for what comes in, and `engine.role.LocalBatch` for a colocated worker."""
 
-    def __init__(self, context: Context, incoming: Incoming, outlet: Outlet) -> None:
+    def __init__(self, context: Context, incoming: Reservations, outlet: Outlet) -> None:
         self._context = context
         self._incoming = incoming
         self._planner = ContinuousBatching(context.table)
@@ -111,7 +111,7 @@ class DecodeRole:
         self._context.stats.preemptions += self._planner.preemptions - count
         for sequence in self._planner.preempted:
             if sequence not in waiting:
-                self._moves.interrupt(sequence, "preempted", "its blocks were needed")
+                self._moves.preempted(sequence)
                 log.info(
                     "preempted at %d tokens while %d handovers come in",
                     *(len(sequence.tokens), self._incoming.coming(Purpose.DECODE)),

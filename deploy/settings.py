@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from ..common.config import EngineConfig, GatewayConfig, HandoverConfig, RouterConfig, WorkerConfig
+from ..common.config import TRANSPORTS, EngineConfig, GatewayConfig, HandoverConfig, RouterConfig, WorkerConfig
 from ..common.errors import InvalidRequest
 from ..common.kv_format import ITEM_BYTES
 from ..common.types import Role
@@ -93,6 +93,7 @@ ZERO_ALLOWED = {
     *("engine.max_model_len", "handover.headroom_tokens", "gateway.drain_s", "worker.drain_s"),
 }
 CHOICES = {
+    "handover.transport": ("auto", *TRANSPORTS),
     "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
     "engine.kv_dtype": ("auto", *ITEM_BYTES),
 }

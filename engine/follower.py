@@ -10,7 +10,6 @@ follower applies one command after the other, so what one command does to its po
 from __future__ import annotations
 
 import secrets
-import select
 import shutil
 import socket
 import tempfile
@@ -168,8 +167,6 @@ class Follower:
 
 def _next(line: socket.socket) -> list[Any]:
     """The next message. It may be long in coming, but once it has begun it must come within the socket's timeout."""
-    waiting = select.poll()
-    waiting.register(line, select.POLLIN)
-    waiting.poll()  # without a deadline: whoever has nothing to say is silent, and whoever ends hangs up
+    sockets.wait(line)  # whoever has nothing to say is silent, and whoever ends hangs up
     message: list[Any] = msgpack.unpackb(sockets.receive(line, MAX_MESSAGE))
     return message

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from ..common.config import TRANSPORTS
 from ..common.errors import TransportFailed
 from ..common.messages import Endpoint
 from .layout import as_kept
-from .transport import ORDER
 
 
 def choose(source: Endpoint, target: Endpoint, wanted: str = "auto", avoid: Collection[str] = ()) -> str:
     """The best transport that both ends have, but for those in `avoid`; `wanted`, if it is one of them. Raises
     `TransportFailed` where none is left."""
-    possible = [name for name in ORDER if name not in avoid and _possible(name, source, target)]
+    possible = [name for name in TRANSPORTS if name not in avoid and _possible(name, source, target)]
     if wanted in possible:
         return wanted
     automatic = [name for name in possible if name != "process-group" or _has_nccl(source, target)]

@@ -7,6 +7,7 @@ what the process's event loop does.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import struct
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -81,7 +82,7 @@ class GrpcLink:
         except TimeoutError as error:
             future.cancel()
             raise WorkerLost("no answer over gRPC in time") from error
-        except asyncio.CancelledError as error:
+        except concurrent.futures.CancelledError as error:
             raise WorkerLost("the event loop has ended") from error
 
 

@@ -9,6 +9,7 @@ at once.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,9 @@ from ..common.messages import Filled, HandoverKey, Spoiled
 from .layout import Route, piece_bytes, routes
 from .transport import Mark, Store, Taker
 from .wire import FrameHeader
+
+REMEMBERED = 4096
+"""Handovers that are over and remembered, so that no frame of theirs waits for them to begin."""
 
 
 @dataclass(slots=True)
@@ -55,6 +59,7 @@ class RankInlet:
         self._post = post
         self._late_s = late_s
         self._opened = threading.Condition()
+        self._over: OrderedDict[HandoverKey, None] = OrderedDict()
         self._reservations: dict[HandoverKey, _Reservation] = {}
 
     # --- called by the loop ---
@@ -83,6 +88,9 @@ class RankInlet:
 
     def close(self, key: HandoverKey) -> None:
         reservation = self._reservations.pop(key, None)
+        self._over[key] = None
+        if len(self._over) > REMEMBERED:
+            self._over.popitem(last=False)
         if reservation is not None:
             with reservation.lock:
                 reservation.open = False
@@ -99,7 +107,7 @@ class RankInlet:
         key = (*source, header.handover_id)
         if self._late_s:
             with self._opened:
-                self._opened.wait_for(lambda: key in self._reservations, self._late_s)
+                self._opened.wait_for(lambda: key in self._reservations or key in self._over, self._late_s)
         reservation = self._reservations.get(key)
         if reservation is None or reservation.attempt != header.attempt:
             raise StaleAttempt(f"no reservation {header.handover_id} of attempt {header.attempt} is open here")

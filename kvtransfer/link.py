@@ -123,7 +123,10 @@ def waiting_headers(connection: socket.socket, most: int) -> list[FrameHeader]:
     poll.register(connection, select.POLLIN)
     if not poll.poll(0):
         return []
-    rest = connection.recv(_LOOK_AHEAD, socket.MSG_PEEK)
+    try:
+        rest = connection.recv(_LOOK_AHEAD, socket.MSG_PEEK)
+    except OSError as error:
+        raise WorkerLost(f"the source is gone: {error}") from error
     headers: list[FrameHeader] = []
     while len(rest) >= 4 and len(headers) < most:
         end = 4 + int.from_bytes(rest[:4], "little")
@@ -162,9 +165,8 @@ class LaneServer:
         try:
             sockets.send(connection, b"")
             while True:
-                connection.settimeout(None)  # a lane may be idle for as long as its ends live
+                sockets.wait(connection)  # a lane may be idle for as long as its ends live
                 head = sockets.receive(connection, wire.MAX_HEADER)
-                connection.settimeout(self._patience)
                 self.take(greeting, wire.unpack(head), taker)
                 sockets.send_all(connection, _CREDIT)
         finally:

@@ -8,6 +8,7 @@ Control messages have a way of their own, so that a cancel overtakes the bulk.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 from ..common.clock import Clock
 from ..common.config import HandoverConfig
-from ..common.errors import BatonError, TransportFailed
+from ..common.errors import BatonError, TransportFailed, WorkerLost
 from ..common.messages import Endpoint, TransportBroken
 from ..common.types import WorkerRef
 from .layout import Cut, Route, piece_bytes, routes, split
@@ -24,6 +25,10 @@ from .transport import Giver, Mark, Offer, Store
 from .wire import MAX_FRAME, MAX_PIECES
 
 log = logging.getLogger(__name__)
+
+AVOIDED_S = 30.0
+"""How long a transport is avoided that once worked between two workers and then did not: one of them may have been
+frozen, or the machine too busy."""
 
 MakeGiver = Callable[[str, Endpoint, Route], Giver]
 """(transport, target, route) → a giver to that rank of it, connected. Called on the lane's thread. Raises
@@ -59,7 +64,8 @@ class LaneOutlet:
         self._config = config
         self._make_giver = make_giver
         self._broken = broken
-        self._failed: dict[WorkerRef, set[str]] = {}
+        self._failed: dict[WorkerRef, dict[str, float]] = {}
+        self._clock = clock
         self._transfers: dict[int, _Transfer] = {}
         self._lanes: dict[tuple[WorkerRef, int, str], _Lane] = {}
         self._staged: list[Offer] = []
@@ -101,17 +107,18 @@ class LaneOutlet:
         return transfer.put - transfer.answered
 
     def failed(self, target: WorkerRef) -> tuple[str, ...]:
-        return tuple(sorted(self._failed.get(target, ())))
+        now = self._clock.now()
+        return tuple(sorted(name for name, until in self._failed.get(target, {}).items() if now < until))
 
     def forgive(self, target: WorkerRef) -> None:
         self._failed.pop(target, None)
 
     def fell(self, event: TransportBroken) -> None:
-        """On any thread: bytes do not flow any more. Loud, and once for each transport of a pair."""
-        failed = self._failed.setdefault(event.target, set())
-        if event.transport not in failed:
+        """On any thread: bytes do not flow any more. Loud, and once for as long as the transport is avoided."""
+        if event.transport not in self.failed(event.target):
             log.warning("%s to %s broke, falling back: %s", event.transport, event.target.name, event.message)
-            failed.add(event.transport)
+        until = math.inf if event.lasting else self._clock.now() + AVOIDED_S
+        self._failed.setdefault(event.target, {})[event.transport] = until
         self._broken(event)
 
     def _put(self, offer: Offer, layer: int, computed: Mark) -> None:
@@ -204,17 +211,27 @@ class _Lane:
 
     def _run(self) -> None:
         try:
-            if self._piece > MAX_FRAME:
-                raise TransportFailed(f"{self._piece} bytes, one block of the target, are more than a frame holds")
-            giver = self._giver = self._make_giver(self._transport, self._target, self._route)
+            giver = self._giver = self._connect()
             threading.Thread(target=self._count, args=(giver,), name="credits", daemon=True).start()
             while (frame := self._next()) is not None:
                 self._send(giver, frame)
         except BatonError as error:
             self._end(error)
+        except Exception as error:  # a thread's edge: without it, handovers would wait for a lane that is no more
+            log.exception("a lane to %s failed in our own code", self._target.ref.name)
+            self._end(TransportFailed(f"{type(error).__name__}: {error}"))
         finally:
             if self._giver is not None:
                 self._giver.close()
+
+    def _connect(self) -> Giver:
+        """Raises `TransportFailed` where that can not be."""
+        if self._piece > MAX_FRAME:
+            raise TransportFailed(f"{self._piece} bytes, one block of the target, are more than a frame holds")
+        try:
+            return self._make_giver(self._transport, self._target, self._route)
+        except WorkerLost as error:
+            raise TransportFailed(error.message) from error
 
     def _next(self) -> _Frame | None:
         """The next frame, once there is one and the window has room for it. None: stop."""
@@ -223,7 +240,7 @@ class _Lane:
             if not self._change.wait_for(
                 lambda: len(self._under_way) < self._window or self._stopped or self.dead, self._patience
             ):
-                raise TransportFailed(f"{self._window} frames are under way and no answer comes")
+                raise WorkerLost(f"{self._window} frames are under way and no answer comes")
             return None if self._stopped or self.dead else self._queue.popleft()
 
     def _send(self, giver: Giver, frame: _Frame) -> None:
@@ -246,6 +263,9 @@ class _Lane:
                 self._credit(giver.credits())
         except BatonError as error:
             self._end(error)
+        except Exception as error:  # a thread's edge, as in `_run`
+            log.exception("a lane to %s failed in our own code", self._target.ref.name)
+            self._end(TransportFailed(f"{type(error).__name__}: {error}"))
 
     def _credit(self, count: int) -> None:
         with self._change:
@@ -265,4 +285,5 @@ class _Lane:
             self.dead = True
             self._change.notify_all()
         if not told:
-            self._broken(TransportBroken(self._target.ref, self._transport, error.message))
+            lasting = isinstance(error, TransportFailed)
+            self._broken(TransportBroken(self._target.ref, self._transport, error.message, lasting))

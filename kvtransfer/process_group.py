@@ -34,6 +34,8 @@ from .transport import Store
 from .wire import MAX_FRAME, Checksums, FrameHeader
 
 _AHEAD = 2
+_LOOK_S = 0.5
+"""How often a lane that has sent nothing yet looks whether its target is still there."""
 """Frames that a target lets come while it lands another."""
 
 
@@ -111,8 +113,8 @@ class GroupGiver:
 
     def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
         size = part.count * self._piece
-        self._packed = self._staging.next(size)
         with self._stream:
+            self._packed = self._staging.next(size)
             sums = self._store.pack(layer, part, self._route, self._target, _as_store_takes(self._packed))
         return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes())
 
@@ -136,7 +138,10 @@ class GroupGiver:
         """What was packed may leave: the target takes it no more."""
 
     def credits(self) -> int:
-        self._met.wait()  # until then the socket is the pair's; `close` ends this
+        while not self._met.wait(_LOOK_S):  # until then the socket is the pair's; `close` ends this
+            if sockets.hung_up(self._link.socket):
+                self.close()
+                raise WorkerLost("the target hung up")
         try:
             return self._link.credits()
         except WorkerLost:

@@ -28,10 +28,6 @@ from ..common.types import WorkerRef
 from .layout import Cut, Route
 from .wire import Checksums, FrameHeader
 
-ORDER = ("cuda-ipc", "shm", "process-group", "tcp", "grpc")
-"""All transports, the best first."""
-
-
 Mark = Callable[[], None]
 """A point in the work that an engine has given to its device: calling it waits until the device is there. Raises
 `TransportFailed` where that takes too long."""

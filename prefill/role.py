@@ -100,8 +100,7 @@ class PrefillRole:
                 raise InvalidRequest("a request needs at least one prompt token")
             if len(request.tokens) >= limits.max_model_len or not self._context.table.fits(len(request.tokens) + 1):
                 raise InvalidRequest(f"{len(request.tokens)} tokens do not fit this worker")
-            if max(request.tokens) >= limits.vocab_size:
-                raise InvalidRequest(f"a token that is none of the model's {limits.vocab_size}")
+            request.validate(limits.vocab_size)
             if submit.decode is None and self._local is None:
                 raise HandoverFailed("this worker does not decode, and no decode worker was named")
             if len(self._sequences) >= limits.max_waiting:

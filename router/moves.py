@@ -27,13 +27,11 @@ def due(fleet: Fleet, tickets: Mapping[int, RequestState], now: float) -> Iterat
         for attempt in [a for a in attempts if _movable(a, now)][: max(0, free)]:
             state = tickets[attempt.ticket]
             left = state.request.params.max_tokens - len(state.output)
-            target = choose_decode(
-                [w for w in fleet.usable() if w.info.fingerprint == worker.info.fingerprint],
-                Demand(state.position, left),
-                attempt.ticket,
-            )
+            reach = min(state.ceiling, state.position + left)  # where it would end here: nowhere else sooner
+            alike = [w for w in fleet.usable() if w.info.fingerprint == worker.info.fingerprint and w.longest >= reach]
+            target = choose_decode(alike, Demand(state.position, left), attempt.ticket)
             if target is None:
-                return
+                continue
             attempt.moving = target.info.ref
             yield worker.name, Move(attempt.ticket, target.info.ref)
 
@@ -56,7 +54,7 @@ def arrived(fleet: Fleet, attempt: Attempt) -> Worker | None:
 
 def share_back(fleet: Fleet, state: RequestState, ticket: int) -> tuple[str, Share] | None:
     """(worker, message) that brings the KV of an answer to the prefill worker that computed its prompt; None where
-    there is no such worker (any more), or nothing that it lacks."""
+    there is no such worker (any more), or the answer fills no block."""
     attempt = state.attempt
     if attempt is None or attempt.decode is None:
         return None

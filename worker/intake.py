@@ -179,8 +179,9 @@ class Intake(Computeless):
             raise PoolFull(f"{len(request.tokens)} tokens are more than this worker's whole pool")
         if not request.tokens or len(request.tokens) >= context.limits.max_model_len:
             raise InvalidRequest(f"{len(request.tokens)} tokens do not fit this worker")
-        if max(request.tokens) >= context.limits.vocab_size:
-            raise InvalidRequest(f"a token that is none of the model's {context.limits.vocab_size}")
+        request.validate(context.limits.vocab_size)
+        if message.purpose is Purpose.CACHE and source.format.dtype != context.endpoint.format.dtype:
+            raise HandoverFailed("KV of another type would make answers depend on what is cached")
         if len(self._incoming) >= context.handover.max_sending:
             raise PoolFull(f"{len(self._incoming)} handovers are coming in already")
 

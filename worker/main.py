@@ -130,7 +130,9 @@ async def run(config: WorkerConfig) -> None:
                 ranks.followers.check()
             if not thread.ended.done():
                 reporter.set(state="draining")
-                await _until(asyncio.ensure_future(_drained(worker, config.drain_s)), at_once)
+                await _until(asyncio.ensure_future(_drained(worker, thread.ended.done, config.drain_s)), at_once)
+            if thread.ended.done():
+                thread.ended.result()
         finally:
             thread.stop()
             await worker.stop()
@@ -142,15 +144,17 @@ async def run(config: WorkerConfig) -> None:
         await reporter.close()
 
 
-async def _drained(worker: Worker, within_s: float) -> None:
-    """Until routers have known for a while that nothing new may come, and nothing is left; or the time is up."""
+async def _drained(worker: Worker, broken: Callable[[], bool], within_s: float) -> None:
+    """Until routers have known for a while that nothing new may come, and nothing is left; or the time is up, or
+    nothing can be done any more."""
     log.info("draining: what runs here moves or ends, for %.0f s at most", within_s)
     with contextlib.suppress(TimeoutError, BatonError):
         async with asyncio.timeout(within_s):
             quiet = 0.0
-            while quiet < LINGER_S and worker.asked:
+            while quiet < LINGER_S and worker.asked and not broken():
                 await asyncio.sleep(DRAIN_LOOK_S)
-                quiet = quiet + DRAIN_LOOK_S if (await worker.check()).sequences == 0 else 0.0
+                report = await worker.check()
+                quiet = quiet + DRAIN_LOOK_S if report.sequences == report.handovers == 0 else 0.0
 
 
 def _post(events: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

@@ -117,14 +117,14 @@ class SpreadOutlet:
         self._followers = followers
         self._local = local
         self._format = format
-        self._share: dict[int, float] = {}
+        self._ratio: dict[int, float] = {}
         self._staged = False
-        followers.subscribe("broken", lambda _, ref, *it: local.fell(TransportBroken(WorkerRef(*ref), it[0], it[1])))
+        followers.subscribe("broken", lambda _, ref, *it: local.fell(TransportBroken(WorkerRef(*ref), *it)))
 
     def open(self, handover_id: int, attempt: int, target: Endpoint, transport: str) -> None:
         sizes = [(r.source_rank, piece_bytes(target.format, r)) for r in routes(self._format, target.format)]
         own, whole = sum(size for rank, size in sizes if rank == 0), sum(size for _, size in sizes)
-        self._share[handover_id] = whole / own
+        self._ratio[handover_id] = whole / own
         self._followers.send("out.open", handover_id, attempt, FROM_SOURCE.encode(target), transport)
         self._local.open(handover_id, attempt, target, transport)
 
@@ -142,15 +142,16 @@ class SpreadOutlet:
         self._local.offer(offer)
 
     def close(self, handover_id: int) -> None:
-        self._share.pop(handover_id, None)
+        self._ratio.pop(handover_id, None)
         self._followers.send("out.close", handover_id)
         self._local.close(handover_id)
 
     def progress(self, handover_id: int) -> int:
         """Of all ranks, if they are as far as rank 0."""
-        return round(self._local.progress(handover_id) * self._share[handover_id])
+        return round(self._local.progress(handover_id) * self._ratio[handover_id])
 
     def pending(self, handover_id: int) -> int:
+        """Of rank 0: what the others still have to send, the commit waits for at the target."""
         return self._local.pending(handover_id)
 
     def failed(self, target: WorkerRef) -> tuple[str, ...]:
@@ -203,8 +204,8 @@ class FollowingPlane:
                 self._follower.report("filled", *key)
             case Spoiled(key, message, code):
                 self._follower.report("spoiled", *key, message, code)
-            case TransportBroken(target, transport, message):
-                self._follower.report("broken", astuple(target), transport, message)
+            case TransportBroken(target, transport, message, lasting):
+                self._follower.report("broken", astuple(target), transport, message, lasting)
 
     @property
     def _own(self) -> Plane:

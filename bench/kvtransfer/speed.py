@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ...common.config import HandoverConfig
+from ...common.config import TRANSPORTS, HandoverConfig
 from ...common.kv_format import KvFormat
 from ...kvtransfer.layout import cut
-from ...kvtransfer.transport import ORDER, Offer
+from ...kvtransfer.transport import Offer
 from . import raw
 from .end import End, Events, layer_hash, make_pool, on_core, scattered
 from .target import KEY_NAME, Remote
@@ -75,7 +75,9 @@ class Pair:
     def transports(self) -> list[str]:
         """That both ends have."""
         return [
-            name for name in ORDER if all(name in e.doors[0] for e in (self._ends[True].endpoint, self._targets[True]))
+            name
+            for name in TRANSPORTS
+            if all(name in e.doors[0] for e in (self._ends[True].endpoint, self._targets[True]))
         ]
 
     def handover(self, transport: str, checked: bool) -> float:
@@ -152,7 +154,7 @@ def pair(format: KvFormat, tokens: int) -> Iterator[Pair]:
             events.stop()
 
 
-def measure(format: KvFormat, tokens: int, rounds: int, note: Note, only: Collection[str] = ORDER) -> list[Speed]:
+def measure(format: KvFormat, tokens: int, rounds: int, note: Note, only: Collection[str] = TRANSPORTS) -> list[Speed]:
     """Every transport that two processes here have, at one size."""
     with pair(format, tokens) as both:
         names = [name for name in both.transports if name in only]

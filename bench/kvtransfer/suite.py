@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ...common.config import TRANSPORTS
 from ...common.kv_format import KvFormat
-from ...kvtransfer.transport import ORDER
 from . import hiding, speed, stall
 from .end import LLAMA_8B
 from .hiding import Hiding
@@ -37,7 +37,7 @@ class Plan:
     parts: Collection[str] = PARTS
     format: KvFormat = LLAMA_8B
     sizes: tuple[tuple[int, int], ...] = ((1024, 15), (4096, 9), (32768, 3))
-    transports: tuple[str, ...] = ORDER
+    transports: tuple[str, ...] = TRANSPORTS
     prompt: int = 4096
     prompts: int = 3
     load: Load = field(default_factory=Load)

@@ -15,8 +15,8 @@ from baton.bench.kvtransfer.end import scattered
 from baton.bench.kvtransfer.hiding import Hiding
 from baton.bench.kvtransfer.speed import Speed
 from baton.bench.kvtransfer.stall import Stall, Window, gaps
+from baton.common.config import TRANSPORTS
 from baton.common.kv_format import KvFormat
-from baton.kvtransfer.transport import ORDER
 
 TINY = KvFormat(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="bfloat16")
 
@@ -80,7 +80,7 @@ def test_each_question_has_its_picture(results: suite.Results, tmp_path: Path) -
 
 def test_bytes_cross_by_every_transport_and_arrive_as_they_were() -> None:
     with speed.pair(TINY, tokens=128) as both:
-        assert [name for name in ORDER if name in both.transports] == ["shm", "process-group", "tcp", "grpc"]
+        assert [name for name in TRANSPORTS if name in both.transports] == ["shm", "process-group", "tcp", "grpc"]
         for transport in both.transports:
             for checked in (True, False):
                 assert both.handover(transport, checked) > 0

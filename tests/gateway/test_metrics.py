@@ -41,7 +41,14 @@ def test_every_number_of_the_fleet_is_there() -> None:
         loop_age_s=19.5,
     )  # fmt: skip
     worker = WorkerSnapshot("decode-0", Role.DECODE, "ready", 1, load, 0, 0, 0)
-    stats = Stats(decisions=Counter(prefix=20), prefix_hit_tokens=21, routed_tokens=22, losses=23, resyncs=24, moves=Counter(moved=30))
+    stats = Stats(
+        decisions=Counter(prefix=20),
+        prefix_hit_tokens=21,
+        routed_tokens=22,
+        losses=23,
+        resyncs=24,
+        moves=Counter(moved=30),
+    )
     registry = CollectorRegistry()
     registry.register(FleetNumbers(lambda: Snapshot((worker,), 25, 26, 27, stats)))
     lines = [

@@ -130,6 +130,23 @@ def test_nobody_moves_where_nobody_has_room() -> None:
     assert not [m for _, m in driver.sent if isinstance(m, Move)]
 
 
+def test_nobody_moves_to_where_the_request_would_end_sooner() -> None:
+    """A worker that holds less than the one it leaves would cut the answer short."""
+    driver = Driver()
+    driver.up("p", Role.PREFILL)
+    driver.up("d", Role.DECODE)
+    states = [driver.submit(max_tokens=n) for n in (50, 8)]
+    for state in states:
+        ticket = state.attempt.ticket  # type: ignore[union-attr]
+        driver.report("p", handed_over=(HandedOver(ticket),))
+        driver.tokens("d", ticket, 3, 10)
+    driver.up("e", Role.DECODE, max_model_len=20)
+    driver.core.set_draining({"d"})
+    driver.wait(1.0)
+    moved = [m.ticket for _, m in driver.sent if isinstance(m, Move)]
+    assert moved == [states[1].attempt.ticket]  # type: ignore[union-attr]
+
+
 def test_an_answer_is_shared_with_the_prefill_worker_of_its_prompt() -> None:
     driver = Driver(return_answers=True)
     driver.up("p", Role.PREFILL)

@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 import torch
 
-from baton.common.config import RouterConfig
+from baton.common.config import TRANSPORTS, RouterConfig
 from baton.common.errors import TransportFailed
 from baton.common.types import Role
 from baton.kvtransfer.process_group import ProcessGroups
-from baton.kvtransfer.transport import ORDER
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from tests.house import House
@@ -111,5 +110,5 @@ async def test_when_all_have_failed_it_begins_again(house: House, router: Router
     decode.plane._server.admit = admit  # type: ignore[method-assign]
     assert await answer(router, "a", PROMPT) == oracle(PROMPT, 12)
     assert [g.transport for g in refusals] == list(HERE)  # type: ignore[attr-defined]
-    assert set(HERE) < set(ORDER)
+    assert set(HERE) < set(TRANSPORTS)
     await house.balanced()
