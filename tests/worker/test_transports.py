@@ -66,9 +66,9 @@ async def test_each_transport_carries(house: House, router: Router, transport: s
     for seed in range(4):
         prompt = [seed, *PROMPT]
         assert await answer(router, str(seed), prompt) == oracle(prompt, 12)
+    await house.balanced()
     assert used(prefill) == {transport}
     assert prefill.loop.load().handovers == 4
-    await house.balanced()
 
 
 async def test_the_best_is_chosen(house: House, router: Router) -> None:
