@@ -114,9 +114,11 @@ class LaneOutlet:
         self._failed.pop(target, None)
 
     def fell(self, event: TransportBroken) -> None:
-        """On any thread: bytes do not flow any more. Loud, and once for as long as the transport is avoided."""
+        """On any thread: bytes do not flow any more. Told once for as long as the transport is avoided; loudly where it
+        can not be had, for a line that breaks is also what a worker leaves behind that has ended."""
         if event.transport not in self.failed(event.target):
-            log.warning("%s to %s broke, falling back: %s", event.transport, event.target.name, event.message)
+            level = logging.WARNING if event.lasting else logging.INFO
+            log.log(level, "%s to %s broke, falling back: %s", event.transport, event.target.name, event.message)
         until = math.inf if event.lasting else self._clock.now() + AVOIDED_S
         self._failed.setdefault(event.target, {})[event.transport] = until
         self._broken(event)
