@@ -21,12 +21,13 @@ from typing import Any
 
 import msgspec
 
+from ..common.cluster import WorkerState, WorkerStatus
 from ..common.config import GatewayConfig
 from ..common.errors import BatonError, NotReady
-from ..common.messages import WorkerStatus
-from ..deploy.launcher import LocalLauncher, Spec
-from ..deploy.members import MemberTable
-from ..protos.rpc import controller_handlers, listen, make_server
+from ..deploy.control.members import MemberTable
+from ..deploy.launch.launcher import LocalLauncher, Spec
+from ..protos.control import controller_handlers
+from ..protos.rpc import listen, make_server
 from .report import Quantiles
 from .standin import NAME
 from .systems import free_port, wait_ready
@@ -88,7 +89,7 @@ class StandinProcess:
         process = cls(child)
         facts = await process.tell({"vocab_size": vocab_size, "words": list(words.ids), "token": TOKEN})
         status = WorkerStatus(
-            NAME, "colocated", "ready", address=facts["address"], epoch=facts["epoch"], pid=facts["pid"]
+            NAME, "colocated", WorkerState.READY, address=facts["address"], epoch=facts["epoch"], pid=facts["pid"]
         )
         return process, status
 

@@ -24,7 +24,20 @@ from typing import Any
 
 import msgspec
 
-from ..common.messages import Cancel, CheckReport, Finished, Hello, Load, Ping, Started, StepReport, Submit, TokenOut
+from ..common.errors import NotReady
+from ..common.messages import (
+    Cancel,
+    CheckReport,
+    Finished,
+    Hello,
+    Load,
+    Ping,
+    Started,
+    StepReport,
+    Submit,
+    TokenOut,
+    Turn,
+)
 from ..common.types import FinishReason, Role, WorkerInfo, WorkerRef
 from ..protos.convert import FromRouter, FromSource, FromTarget, FromWorker
 from ..protos.rpc import Stream, listen, make_server, worker_handlers
@@ -76,6 +89,9 @@ class Standin:
 
     async def check(self) -> CheckReport:
         return CheckReport(ok=True, total_blocks=BLOCKS, free_blocks=BLOCKS)
+
+    async def turn(self, order: Turn) -> None:
+        raise NotReady("a stand-in keeps its role")
 
     async def _read(
         self, stream: Stream[FromRouter, FromWorker], answers: dict[int, _Answer], started: list[Started]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .errors import HandoverFailed
 from .hashing import BlockHash
@@ -326,31 +326,6 @@ class TransportBroken:
     lasting: bool = True
 
 
-# --- worker → controller → gateway ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """A worker's report to the controller. `state`: starting, loading, ready, draining, failed."""
-
-    name: str
-    role: str
-    state: str
-    address: str = ""
-    epoch: int = 0
-    progress: float = 0.0
-    detail: str = ""
-    pid: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Members:
-    """All workers that the controller knows, with a version that grows with each change."""
-
-    version: int
-    workers: tuple[WorkerStatus, ...] = field(default=())
-
-
 # --- a worker's own state, for operators and tests ------------------------------------------------------------------
 
 
@@ -369,3 +344,12 @@ class CheckReport:
     sequences: int = 0
     handovers: int = 0
     preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Operator's side → worker: be a `role` from now on. The weights, the KV pool and what is cached stay. The worker
+    does it at a moment at which it holds no request, and answers then; within `within_s`, or not at all."""
+
+    role: str
+    within_s: float

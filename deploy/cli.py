@@ -21,9 +21,9 @@ from ..common.child import EXIT_CONFIG
 from ..common.errors import BatonError, InvalidRequest
 from . import models
 from .cluster import gateway_config, usable_cores, worker_configs
-from .controller import Controller, claim_port
+from .control.controller import Controller, claim_port
 from .display import Display, make_display
-from .launcher import LocalLauncher, LogFiles, Spec
+from .launch.launcher import LocalLauncher, LogFiles, Spec
 from .models import ImportJob
 from .settings import ServeConfig, Setting, from_yaml, resolve
 

@@ -17,7 +17,7 @@ from ..common import log
 from ..common.child import EXIT_CONFIG, EXIT_FAILED, die_with, read_line
 from ..common.config import GatewayConfig, WorkerConfig, from_json
 from ..common.errors import BatonError
-from .launcher import Envelope
+from .launch.launcher import Envelope
 from .models import ImportJob
 
 logger = logging.getLogger("baton")

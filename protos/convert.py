@@ -24,7 +24,6 @@ from ..common.messages import (
     Finished,
     HandedOver,
     Hello,
-    Members,
     Move,
     Ping,
     Purpose,
@@ -42,7 +41,7 @@ from ..common.messages import (
     Submit,
     TargetMessage,
     TokenOut,
-    WorkerStatus,
+    Turn,
 )
 from ..common.types import FinishReason, WorkerInfo
 from .schema import pb
@@ -50,17 +49,18 @@ from .values import (
     ABORT,
     CHECK,
     HELLO,
-    LOAD,
     REF,
     REFUSED,
     RESERVED,
-    STATUS,
+    TURN,
     endpoint_from_wire,
     endpoint_to_wire,
     info_from_wire,
     info_to_wire,
     kv_from_wire,
     kv_to_wire,
+    load_from_wire,
+    load_to_wire,
     logprob_from_wire,
     logprob_to_wire,
     request_from_wire,
@@ -97,8 +97,7 @@ def _report_to_wire(report: StepReport) -> Any:
         if token.logprob is not None:
             message.logprobs[index].CopyFrom(logprob_to_wire(token.logprob))
     if report.load is not None:
-        aborts = dict(report.load.handover_aborts)
-        message.load.CopyFrom(LOAD.to_wire(report.load, handover_aborts=aborts))
+        message.load.CopyFrom(load_to_wire(report.load))
     return message
 
 
@@ -115,9 +114,7 @@ def _tokens_from_wire(message: Any) -> tuple[TokenOut, ...]:
 
 
 def _report_from_wire(message: Any) -> StepReport:
-    load = None
-    if message.HasField("load"):
-        load = LOAD.from_wire(message.load, handover_aborts=tuple(sorted(message.load.handover_aborts.items())))
+    load = load_from_wire(message.load) if message.HasField("load") else None
     return StepReport(
         tokens=_tokens_from_wire(message),
         started=tuple(Started(e.ticket, e.cached_tokens) for e in message.started),
@@ -293,14 +290,6 @@ def _from_target_from_wire(message: Any) -> FromTarget:
             raise InvalidRequest("an empty or unknown message from a target")
 
 
-def _members_to_wire(value: Members) -> Any:
-    return pb.Members(version=value.version, workers=map(STATUS.to_wire, value.workers))
-
-
-def _members_from_wire(message: Any) -> Members:
-    return Members(message.version, tuple(map(STATUS.from_wire, message.workers)))
-
-
 # --- codecs ---------------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +301,9 @@ class Codec(Generic[T]):
     decode: Callable[[bytes], T]
 
 
-def _codec(wire: Any, to_wire: Callable[[T], Any], from_wire: Callable[[Any], T]) -> Codec[T]:
+def codec(wire: Any, to_wire: Callable[[T], Any], from_wire: Callable[[Any], T]) -> Codec[T]:
+    """The codec of a protobuf message, and of our own type on its other side."""
+
     def encode(value: T) -> bytes:
         try:
             data: bytes = to_wire(value).SerializeToString()
@@ -329,13 +320,12 @@ def _codec(wire: Any, to_wire: Callable[[T], Any], from_wire: Callable[[Any], T]
     return Codec(encode, decode)
 
 
-FROM_ROUTER: Codec[FromRouter] = _codec(pb.FromRouter, _from_router_to_wire, _from_router_from_wire)
-FROM_WORKER: Codec[FromWorker] = _codec(pb.FromWorker, _from_worker_to_wire, _from_worker_from_wire)
-FROM_SOURCE: Codec[FromSource] = _codec(pb.FromSource, _from_source_to_wire, _from_source_from_wire)
-FROM_TARGET: Codec[FromTarget] = _codec(pb.FromTarget, _from_target_to_wire, _from_target_from_wire)
-MEMBERS: Codec[Members] = _codec(pb.Members, _members_to_wire, _members_from_wire)
-STATUS_REPORT: Codec[WorkerStatus] = _codec(pb.WorkerStatus, STATUS.to_wire, STATUS.from_wire)
-CHECK_REPORT: Codec[CheckReport] = _codec(pb.CheckReport, CHECK.to_wire, CHECK.from_wire)
-EMPTY: Codec[None] = _codec(pb.Empty, lambda _: pb.Empty(), lambda _: None)
+FROM_ROUTER: Codec[FromRouter] = codec(pb.FromRouter, _from_router_to_wire, _from_router_from_wire)
+FROM_WORKER: Codec[FromWorker] = codec(pb.FromWorker, _from_worker_to_wire, _from_worker_from_wire)
+FROM_SOURCE: Codec[FromSource] = codec(pb.FromSource, _from_source_to_wire, _from_source_from_wire)
+FROM_TARGET: Codec[FromTarget] = codec(pb.FromTarget, _from_target_to_wire, _from_target_from_wire)
+TURN_ORDER: Codec[Turn] = codec(pb.Turn, TURN.to_wire, TURN.from_wire)
+CHECK_REPORT: Codec[CheckReport] = codec(pb.CheckReport, CHECK.to_wire, CHECK.from_wire)
+EMPTY: Codec[None] = codec(pb.Empty, lambda _: pb.Empty(), lambda _: None)
 RAW: Codec[bytes] = Codec(bytes, bytes)
 """KV payloads travel as they are."""

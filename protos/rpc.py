@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc as _grpc
 
 from ..common.errors import BatonError, DeadlineExceeded, Unauthorized, WorkerLost, from_code
-from ..common.messages import CheckReport, Members, WorkerStatus
+from ..common.messages import CheckReport, Turn
 from .convert import (
     CHECK_REPORT,
     EMPTY,
@@ -24,9 +24,8 @@ from .convert import (
     FROM_SOURCE,
     FROM_TARGET,
     FROM_WORKER,
-    MEMBERS,
     RAW,
-    STATUS_REPORT,
+    TURN_ORDER,
     Codec,
     FromRouter,
     FromSource,
@@ -44,9 +43,11 @@ Out_contra = TypeVar("Out_contra", contravariant=True)
 SESSION = "/baton.v1.Worker/Session"
 CONTROL = "/baton.v1.Worker/Control"
 CHECK = "/baton.v1.Worker/Check"
-REPORT = "/baton.v1.Controller/Report"
-WATCH = "/baton.v1.Controller/Watch"
+TURN = "/baton.v1.Worker/TurnRole"
 DATA = "/baton.v1.Transfer/Data"
+
+TURN_GRACE_S = 2.0
+"""What the answer to a `Turn` may take beyond the worker's own limit."""
 
 MAX_MESSAGE = 64 << 20
 """Bytes of one message at most: a Submit of a million tokens, or the whole set of a worker's block hashes."""
@@ -199,18 +200,14 @@ class WorkerService(Protocol):
     async def session(self, stream: Stream[FromRouter, FromWorker]) -> None: ...
     async def control(self, stream: Stream[FromSource, FromTarget]) -> None: ...
     async def check(self) -> CheckReport: ...
+    async def turn(self, order: Turn) -> None: ...
 
 
-class ControllerService(Protocol):
-    """What the controller answers. `watch` yields at once what is known, then each change."""
-
-    async def report(self, status: WorkerStatus) -> None: ...
-    def watch(self) -> AsyncIterator[Members]: ...
-
-
-def _stream_handler(
+def stream_handler(
     serve: Callable[[Stream[In, Out]], Awaitable[None]], incoming: Codec[In], outgoing: Codec[Out]
 ) -> Any:
+    """grpc's handler of a bidirectional stream."""
+
     async def handle(_: Any, context: Any) -> None:
         try:
             stream: _Served[In, Out] = _Served(context, incoming, outgoing)
@@ -221,7 +218,9 @@ def _stream_handler(
     return grpc.stream_stream_rpc_method_handler(handle)
 
 
-def _call_handler(serve: Callable[[In], Awaitable[Out]], incoming: Codec[In], outgoing: Codec[Out]) -> Any:
+def call_handler(serve: Callable[[In], Awaitable[Out]], incoming: Codec[In], outgoing: Codec[Out]) -> Any:
+    """grpc's handler of one question and one answer."""
+
     async def handle(data: bytes, context: Any) -> bytes:
         try:
             return outgoing.encode(await serve(incoming.decode(data)))
@@ -233,33 +232,31 @@ def _call_handler(serve: Callable[[In], Awaitable[Out]], incoming: Codec[In], ou
 
 
 def worker_handlers(service: WorkerService) -> Handlers:
-    """Session, Control and Check of a worker."""
+    """Session, Control, Check and Turn of a worker."""
     return {
-        SESSION: _stream_handler(service.session, FROM_ROUTER, FROM_WORKER),
-        CONTROL: _stream_handler(service.control, FROM_SOURCE, FROM_TARGET),
-        CHECK: _call_handler(lambda _: service.check(), EMPTY, CHECK_REPORT),
+        SESSION: stream_handler(service.session, FROM_ROUTER, FROM_WORKER),
+        CONTROL: stream_handler(service.control, FROM_SOURCE, FROM_TARGET),
+        CHECK: call_handler(lambda _: service.check(), EMPTY, CHECK_REPORT),
+        TURN: call_handler(service.turn, TURN_ORDER, EMPTY),
     }
 
 
 def data_handlers(serve: Callable[[Stream[bytes, bytes]], Awaitable[None]]) -> Handlers:
     """The way of KV payloads: a stream of bytes each way, as they are."""
-    return {DATA: _stream_handler(serve, RAW, RAW)}
+    return {DATA: stream_handler(serve, RAW, RAW)}
 
 
-def controller_handlers(service: ControllerService) -> Handlers:
-    """Report and Watch of the controller."""
+def watch_handler(serve: Callable[[], AsyncIterator[Out]], outgoing: Codec[Out]) -> Any:
+    """grpc's handler of a stream that only the server speaks on."""
 
-    async def watch(_: bytes, context: Any) -> None:
+    async def handle(_: bytes, context: Any) -> None:
         try:
-            async for members in service.watch():
-                await context.write(MEMBERS.encode(members))
+            async for value in serve():
+                await context.write(outgoing.encode(value))
         except BatonError as error:
             await _abort(context, error)
 
-    return {
-        REPORT: _call_handler(service.report, STATUS_REPORT, EMPTY),
-        WATCH: grpc.unary_stream_rpc_method_handler(watch),
-    }
+    return grpc.unary_stream_rpc_method_handler(handle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,47 +311,49 @@ class Peer:
 
     def session(self) -> CalledStream[FromWorker, FromRouter]:
         """Router → worker: requests down, tokens up."""
-        return self._stream(SESSION, FROM_WORKER, FROM_ROUTER)
+        return self.stream(SESSION, FROM_WORKER, FROM_ROUTER)
 
     def control(self) -> CalledStream[FromTarget, FromSource]:
         """Source → target: the control messages of handovers."""
-        return self._stream(CONTROL, FROM_TARGET, FROM_SOURCE)
+        return self.stream(CONTROL, FROM_TARGET, FROM_SOURCE)
 
     def data(self) -> CalledStream[bytes, bytes]:
         """Source → target: KV payloads."""
-        return self._stream(DATA, RAW, RAW)
+        return self.stream(DATA, RAW, RAW)
 
     async def check(self, timeout_s: float) -> CheckReport:
         """The worker's own account of its blocks."""
-        return await self._call(CHECK, None, EMPTY, CHECK_REPORT, timeout_s)
+        return await self.call(CHECK, None, EMPTY, CHECK_REPORT, timeout_s)
 
-    async def report(self, status: WorkerStatus, timeout_s: float) -> None:
-        """Worker → controller: how I am."""
-        await self._call(REPORT, status, STATUS_REPORT, EMPTY, timeout_s)
+    async def turn(self, order: Turn) -> None:
+        """Change the worker's role. Raises what the worker refuses with."""
+        await self.call(TURN, order, TURN_ORDER, EMPTY, order.within_s + TURN_GRACE_S)
 
-    async def watch(self) -> AsyncIterator[Members]:
-        """Controller → gateway: the membership, now and at each change. Raises as `Stream.read` does."""
-        call = self._channel.unary_stream(WATCH)(EMPTY.encode(None), metadata=self._metadata)
+    async def close(self) -> None:
+        """End all calls and the connection. Idempotent."""
+        await self._channel.close()
+
+    def stream(self, path: str, incoming: Codec[In], outgoing: Codec[Out]) -> CalledStream[In, Out]:
+        """Open a bidirectional stream."""
+        call = self._channel.stream_stream(path)(metadata=self._metadata)
+        return CalledStream(call, incoming, outgoing)
+
+    async def call(self, path: str, value: In, sent: Codec[In], got: Codec[Out], timeout_s: float) -> Out:
+        """One question, one answer."""
+        call = self._channel.unary_unary(path)
+        with _translated():
+            data = await call(sent.encode(value), metadata=self._metadata, timeout=timeout_s)
+        return got.decode(data)
+
+    async def watch(self, path: str, got: Codec[Out]) -> AsyncIterator[Out]:
+        """What the other end says, until it ends. Raises as `Stream.read` does."""
+        call = self._channel.unary_stream(path)(EMPTY.encode(None), metadata=self._metadata)
         try:
             while True:
                 with _translated():
                     data = await call.read()
                 if data is grpc.aio.EOF:
                     return
-                yield MEMBERS.decode(data)
+                yield got.decode(data)
         finally:
             call.cancel()
-
-    async def close(self) -> None:
-        """End all calls and the connection. Idempotent."""
-        await self._channel.close()
-
-    def _stream(self, path: str, incoming: Codec[In], outgoing: Codec[Out]) -> CalledStream[In, Out]:
-        call = self._channel.stream_stream(path)(metadata=self._metadata)
-        return CalledStream(call, incoming, outgoing)
-
-    async def _call(self, path: str, value: In, sent: Codec[In], got: Codec[Out], timeout_s: float) -> Out:
-        call = self._channel.unary_unary(path)
-        with _translated():
-            data = await call(sent.encode(value), metadata=self._metadata, timeout=timeout_s)
-        return got.decode(data)

@@ -20,7 +20,7 @@ from ..common.messages import (
     Refused,
     Reserved,
     TokenOut,
-    WorkerStatus,
+    Turn,
 )
 from ..common.types import Request, Role, SamplingParams, TokenLogprob, WorkerInfo, WorkerRef
 from .schema import pb
@@ -86,7 +86,7 @@ LOAD = Flat(
 ABORT = Flat(Abort, pb.Ended, "handover_id code message")
 REFUSED = Flat(Refused, pb.Ended, "handover_id code message")
 RESERVED = Flat(Reserved, pb.Reserved, "handover_id cached_blocks transport")
-STATUS = Flat(WorkerStatus, pb.WorkerStatus, "name role state address epoch progress detail pid")
+TURN = Flat(Turn, pb.Turn, "role within_s")
 CHECK = Flat(
     CheckReport,
     pb.CheckReport,
@@ -207,3 +207,11 @@ def kv_to_wire(events: KvEvents) -> Any:
 
 def kv_from_wire(message: Any) -> KvEvents:
     return KvEvents(message.seq, _hashes(message.stored), _hashes(message.evicted), message.reset)
+
+
+def load_to_wire(load: Load) -> Any:
+    return LOAD.to_wire(load, handover_aborts=dict(load.handover_aborts))
+
+
+def load_from_wire(message: Any) -> Load:
+    return LOAD.from_wire(message, handover_aborts=tuple(sorted(message.handover_aborts.items())))

@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..common.cluster import GatewayHello, Members
 from ..common.errors import BatonError, StaleEpoch, WorkerLost
-from ..common.messages import Hello, Members, Ping, RouterMessage, StepReport
+from ..common.messages import Hello, Ping, RouterMessage, StepReport
 from ..common.types import WorkerInfo, WorkerRef
+from ..protos.control import ControllerClient
 from ..protos.convert import FromRouter, FromWorker
 from ..protos.rpc import CalledStream, Peer
 
@@ -190,8 +192,11 @@ async def watch_members(address: str, cluster_token: str) -> AsyncIterator[Membe
     while True:
         peer = Peer(address, cluster_token)
         try:
-            async for members in peer.watch():
-                yield members
+            stream = ControllerClient(peer).attend()
+            await stream.write(GatewayHello("", "", 0))
+            while (message := await stream.read()) is not None:
+                if isinstance(message, Members):
+                    yield message
         except BatonError as error:
             log.warning("no membership from the controller at %s: %s", address, error)
         finally:

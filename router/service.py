@@ -8,8 +8,9 @@ import secrets
 from collections.abc import AsyncIterator
 
 from ..common.clock import Clock, RealClock
+from ..common.cluster import Members, WorkerStatus
 from ..common.config import RouterConfig
-from ..common.messages import Members, StepReport, WorkerStatus
+from ..common.messages import StepReport
 from ..common.types import Request, WorkerInfo, WorkerRef
 from .core import RouterCore
 from .links import Caller, Link
@@ -118,7 +119,7 @@ class Router:
         reason = "no usable pair of workers: " + (", ".join(map(_in_words, self._members.workers)) or "no workers")
         if states & {"starting", "loading"} or not (self._was_ready or "failed" in states):
             return "loading", reason
-        return ("draining" if states == {"draining"} else "unhealthy"), reason
+        return ("draining" if states <= {"draining", "leaving"} else "unhealthy"), reason
 
     def limits(self) -> Limits | None:
         """What the fleet can take; None before the first worker."""
@@ -172,7 +173,7 @@ class Router:
             await self._relink(members)
 
     async def _relink(self, members: Members) -> None:
-        reachable = {w.name: w for w in members.workers if w.address and w.state in ("ready", "draining")}
+        reachable = {w.name: w for w in members.workers if w.address and w.state in ("ready", "draining", "leaving")}
         known = {w.name for w in members.workers}
         for name, link in list(self._links.items()):
             if name not in known:
@@ -187,7 +188,7 @@ class Router:
                 self._links[name].aim(ref)
             else:
                 self._links[name] = Link(ref, self._caller, self)
-        self._core.set_draining(name for name, worker in reachable.items() if worker.state == "draining")
+        self._core.set_draining(name for name, worker in reachable.items() if worker.state in ("draining", "leaving"))
 
 
 def _in_words(worker: WorkerStatus) -> str:

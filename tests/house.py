@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator
 
 from baton.common.clock import RealClock
-from baton.common.messages import Members, WorkerStatus
+from baton.common.cluster import Members, WorkerStatus
 from baton.common.types import Role
 from baton.worker.assembly import Worker
 from tests.poison import Poison

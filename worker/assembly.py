@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..common.clock import Clock
 from ..common.config import WorkerConfig
-from ..common.errors import DeadlineExceeded
+from ..common.errors import DeadlineExceeded, NotReady
 from ..common.hashing import BlockHasher, cluster_key
-from ..common.messages import CheckReport, Endpoint, Load, Purpose
+from ..common.messages import CheckReport, Endpoint, Load, Purpose, Turn
 from ..common.types import Role, WorkerInfo, WorkerRef
 from ..decode.role import DecodeRole
 from ..engine import role as engine_role
@@ -172,6 +172,9 @@ class Worker:
 
     async def control(self, stream: rpc.Stream[FromSource, FromTarget]) -> None:
         await self._sources.serve(stream)
+
+    async def turn(self, order: Turn) -> None:
+        raise NotReady("this worker keeps its role")
 
     async def check(self) -> CheckReport:
         """The loop's own books. Raises `DeadlineExceeded` where the loop does not come round."""

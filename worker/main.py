@@ -17,9 +17,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..common.clock import RealClock
+from ..common.cluster import WorkerState, WorkerStatus
 from ..common.config import WorkerConfig
 from ..common.errors import BatonError
-from ..common.messages import WorkerStatus
+from ..protos.control import ControllerClient
 from ..protos.rpc import Peer
 from .assembly import Worker
 from .compute import Compute, build
@@ -71,7 +72,7 @@ class Reporter:
 
     def __init__(self, config: WorkerConfig) -> None:
         self._peer = Peer(config.controller, config.cluster_token) if config.controller else None
-        self._status = WorkerStatus(config.name, config.role.value, "starting", pid=os.getpid())
+        self._status = WorkerStatus(config.name, config.role.value, WorkerState.STARTING, pid=os.getpid())
         self._changed = asyncio.Event()
         self._told = False
         """The controller's silence has been logged."""
@@ -85,7 +86,7 @@ class Reporter:
         while self._peer is not None:
             self._changed.clear()
             try:
-                await self._peer.report(self._status, REPORT_TIMEOUT_S)
+                await ControllerClient(self._peer).report(self._status, REPORT_TIMEOUT_S)
             except BatonError as error:
                 log.log(logging.DEBUG if self._told else logging.WARNING, "the controller does not hear: %s", error)
                 self._told = True
@@ -109,7 +110,7 @@ async def run(config: WorkerConfig) -> None:
         events.add_signal_handler(number, lambda: (at_once if stop.is_set() else stop).set())
     reporter = Reporter(config)
     reporting = events.create_task(reporter.run())
-    reporter.set(state="loading")
+    reporter.set(state=WorkerState.LOADING)
     ranks = Ranks(config.name, config.engine) if config.engine.tp > 1 else None
     thread = EngineThread(config, lambda share: _post(events, lambda: reporter.set(progress=share)), ranks)
     thread.start()
@@ -120,7 +121,7 @@ async def run(config: WorkerConfig) -> None:
         worker = Worker(config, engine, RealClock())
         await worker.start()
         thread.worker.set_result(worker)
-        reporter.set(state="ready", address=worker.ref.address, epoch=worker.ref.epoch, progress=1.0)
+        reporter.set(state=WorkerState.READY, address=worker.ref.address, epoch=worker.ref.epoch, progress=1.0)
         log.info("ready at %s, epoch %x, fingerprint %s", worker.ref.address, worker.ref.epoch, engine.fingerprint)
         if ranks is not None:  # while the engine was built, its thread noticed a loss by itself
             ranks.followers.lost.add_done_callback(lambda _: _post(events, stop.set))
@@ -129,7 +130,7 @@ async def run(config: WorkerConfig) -> None:
             if ranks is not None:
                 ranks.followers.check()
             if not thread.ended.done():
-                reporter.set(state="draining")
+                reporter.set(state=WorkerState.LEAVING)
                 await _until(asyncio.ensure_future(_drained(worker, thread.ended.done, config.drain_s)), at_once)
             if thread.ended.done():
                 thread.ended.result()

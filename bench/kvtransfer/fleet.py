@@ -13,12 +13,14 @@ from itertools import count
 
 import numpy as np
 
+from ...common.cluster import FromController, FromGateway, WorkerStatus
 from ...common.config import WorkerConfig
 from ...common.errors import BatonError, NotReady
-from ...common.messages import Load, Members, RouterMessage, StepReport, WorkerStatus
+from ...common.messages import Load, RouterMessage, StepReport
 from ...common.types import Request, SamplingParams, WorkerInfo, WorkerRef
-from ...deploy.launcher import LocalLauncher, LocalProcess, Spec
+from ...deploy.launch.launcher import LocalLauncher, LocalProcess, Spec
 from ...protos import rpc
+from ...protos.control import controller_handlers
 from ...router.links import Caller, Link
 from .end import HOST, TOKEN
 
@@ -47,7 +49,7 @@ class Fleet:
         self._tickets = count(1)
         self._news = asyncio.Event()
         self._failure = ""
-        self._server = rpc.make_server(TOKEN, rpc.controller_handlers(self))
+        self._server = rpc.make_server(TOKEN, controller_handlers(self))
         self._address = rpc.listen(self._server, HOST, 0)
 
     async def start(self, config: WorkerConfig, module: str = "baton.deploy.process", *arguments: str) -> WorkerRef:
@@ -105,15 +107,15 @@ class Fleet:
             self._fail(f"a request failed at {name}: {failed.message} ({failed.code})")
         self._news.set()
 
-    # --- rpc.ControllerService ---
+    # --- protos.control.ControllerService ---
 
     async def report(self, status: WorkerStatus) -> None:
         if status.state == "ready":
             self._refs[status.name] = WorkerRef(status.name, status.address, status.epoch)
             self._news.set()
 
-    async def watch(self) -> AsyncIterator[Members]:
-        yield Members(1)
+    async def attend(self, stream: rpc.Stream[FromGateway, FromController]) -> None:
+        raise NotReady("no gateway belongs to this fleet")
 
     def _fail(self, why: str) -> None:
         self._failure = self._failure or why

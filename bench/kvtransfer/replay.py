@@ -15,14 +15,15 @@ from pathlib import Path
 from ...common import log
 from ...common.child import die_with, read_line
 from ...common.clock import RealClock
+from ...common.cluster import WorkerState, WorkerStatus
 from ...common.config import WorkerConfig, from_json
 from ...common.kv_format import KvFormat
-from ...common.messages import WorkerStatus
-from ...deploy.launcher import Envelope
+from ...deploy.launch.launcher import Envelope
 from ...engine.model_config import ModelConfig
 from ...engine.plan import OnLayer, Sampled, StepPlan
 from ...kvtransfer.host_store import HostStore
 from ...kvtransfer.shm import SharedMemory
+from ...protos.control import ControllerClient
 from ...protos.rpc import Peer
 from ...worker.assembly import Worker
 from .end import TIMEOUT_S, make_pool, no_conversion
@@ -76,8 +77,8 @@ async def run(config: WorkerConfig, fingerprint: str) -> None:
     worker = Worker(config, recording(config, fingerprint), RealClock())
     await worker.start()
     threading.Thread(target=worker.loop.run, args=(threading.Event(),), daemon=True).start()
-    ready = WorkerStatus(config.name, config.role.value, "ready", worker.ref.address, worker.ref.epoch)
-    await Peer(config.controller, config.cluster_token).report(ready, TIMEOUT_S)
+    ready = WorkerStatus(config.name, config.role.value, WorkerState.READY, worker.ref.address, worker.ref.epoch)
+    await ControllerClient(Peer(config.controller, config.cluster_token)).report(ready, TIMEOUT_S)
     await asyncio.get_running_loop().create_future()
 
 

@@ -15,13 +15,14 @@ import pytest
 from baton.common.child import EXIT_CONFIG
 from baton.common.config import EngineConfig, GatewayConfig, WorkerConfig
 from baton.common.errors import BatonError, StaleEpoch, Unauthorized
-from baton.common.messages import Members, WorkerStatus
+from baton.common.cluster import Members, WorkerStatus
 from baton.common.types import Role
-from baton.deploy.controller import Controller, Endpoint, claim_port, curl_line
-from baton.deploy.launcher import Spec
-from baton.deploy.members import MemberTable
-from baton.deploy.supervisor import RestartPolicy
-from baton.protos.rpc import Peer, controller_handlers, listen, make_server
+from baton.deploy.control.controller import Controller, Endpoint, claim_port, curl_line
+from baton.deploy.launch.launcher import Spec
+from baton.deploy.control.members import MemberTable
+from baton.deploy.launch.supervisor import RestartPolicy
+from baton.protos.control import controller_handlers
+from baton.protos.rpc import Peer, listen, make_server
 
 LOADING = WorkerStatus("decode-0", "decode", "loading", pid=7)
 

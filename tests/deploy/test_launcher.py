@@ -18,7 +18,7 @@ import pytest
 from baton.common.child import EXIT_CONFIG
 from baton.common.config import EngineConfig, GatewayConfig, WorkerConfig
 from baton.common.types import Role
-from baton.deploy.launcher import KEPT_LINES, LocalLauncher, LogFiles, Spec, to_line
+from baton.deploy.launch.launcher import KEPT_LINES, LocalLauncher, LogFiles, Spec, to_line
 from baton.deploy.models import ImportJob
 
 GATEWAY = Spec("gateway", GatewayConfig(model="m", model_name="n"))
@@ -27,7 +27,7 @@ CHILD = """
 import os, sys, time
 from baton.common.child import die_with, read_line
 from baton.common.config import from_json
-from baton.deploy.launcher import Envelope
+from baton.deploy.launch.launcher import Envelope
 {before}
 die_with(from_json(read_line(), Envelope).parent)
 print("child", os.getpid(), flush=True)
@@ -37,7 +37,7 @@ time.sleep(60)
 PARENT = """
 import asyncio, sys
 from baton.common.config import GatewayConfig
-from baton.deploy.launcher import LocalLauncher, Spec
+from baton.deploy.launch.launcher import LocalLauncher, Spec
 async def main():
     command = (sys.executable, "-c", sys.argv[1])
     launcher = LocalLauncher(log=lambda name, line: print(line, flush=True), command=command)

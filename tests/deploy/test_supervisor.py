@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from baton.common.child import EXIT_CONFIG
 from baton.common.clock import ManualClock
 from baton.common.config import GatewayConfig
-from baton.deploy.launcher import Spec
-from baton.deploy.supervisor import RestartPolicy, Restarts, Supervisor
+from baton.deploy.launch.launcher import Spec
+from baton.deploy.launch.supervisor import RestartPolicy, Restarts, Supervisor
 
 SPEC = Spec("gateway", GatewayConfig(model="m", model_name="n"))
 AT_ONCE = RestartPolicy(first_delay_s=0.001, max_delay_s=0.001, max_deaths=3)

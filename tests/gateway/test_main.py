@@ -16,10 +16,11 @@ import pytest
 
 from baton.common.config import GatewayConfig, RouterConfig
 from baton.common.errors import BatonError
-from baton.common.messages import Members, WorkerStatus
+from baton.common.cluster import Members, WorkerStatus
 from baton.common.types import Role
 from baton.gateway.main import _listen, run
-from baton.protos.rpc import controller_handlers, listen, make_server
+from baton.protos.control import controller_handlers
+from baton.protos.rpc import listen, make_server
 from tests.fake_worker import VOCAB, FakeWorker, fleet
 
 TOKEN = "cluster"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.common.config import EngineConfig, HandoverConfig, RouterConfig, WorkerConfig, to_json
-from baton.common.messages import Members, WorkerStatus
+from baton.common.cluster import Members, WorkerStatus
 from baton.common.types import Request, Role, SamplingParams
 from baton.router.service import Router
 

@@ -10,7 +10,8 @@ import pytest
 
 from baton.common.errors import DeadlineExceeded, InvalidRequest, StaleEpoch, Unauthorized, WorkerLost
 from baton.common.kv_format import KvFormat
-from baton.common.messages import CheckReport, Endpoint, Hello, Members, Ping, StepReport, WorkerStatus
+from baton.common.cluster import Members, WorkerStatus
+from baton.common.messages import CheckReport, Endpoint, Hello, Ping, StepReport
 from baton.common.types import WorkerRef
 from baton.protos import rpc
 from baton.protos.convert import FromRouter, FromSource, FromTarget, FromWorker

@@ -11,7 +11,7 @@ import pytest
 
 from baton.common.config import RouterConfig
 from baton.common.errors import BatonError, NotReady, PoisonRequest
-from baton.common.messages import Members, WorkerStatus
+from baton.common.cluster import Members, WorkerStatus
 from baton.common.types import FinishReason, Request, Role
 from baton.protos import rpc
 from baton.router.links import watch_members

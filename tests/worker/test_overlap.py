@@ -12,7 +12,7 @@ import pytest
 
 from baton.common.clock import RealClock
 from baton.common.config import EngineConfig, RouterConfig, WorkerConfig
-from baton.common.messages import Members, WorkerStatus
+from baton.common.cluster import Members, WorkerStatus
 from baton.common.types import Request, Role, SamplingParams
 from baton.deploy import models
 from baton.engine.gguf import import_gguf

@@ -19,15 +19,16 @@ from typing import Any
 
 import httpx
 
-from ..common.clock import Clock, RealClock
-from ..common.config import GatewayConfig, WorkerConfig
-from ..common.errors import BatonError
-from ..common.messages import WorkerStatus
-from ..protos.rpc import controller_handlers, listen, make_server
-from .display import Display
-from .launcher import Launcher, Spec
+from ...common.clock import Clock, RealClock
+from ...common.cluster import WorkerState, WorkerStatus
+from ...common.config import GatewayConfig, WorkerConfig
+from ...common.errors import BatonError
+from ...protos.control import controller_handlers
+from ...protos.rpc import listen, make_server
+from ..display import Display
+from ..launch.launcher import Launcher, Spec
+from ..launch.supervisor import RestartPolicy, Supervisor
 from .members import MemberTable
-from .supervisor import RestartPolicy, Supervisor
 
 GATEWAY = "gateway"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -155,7 +156,7 @@ class Controller:
 
     def started(self, spec: Spec, pid: int) -> None:
         if spec.name in self._roles:
-            self.table.put(WorkerStatus(spec.name, self._roles[spec.name], "starting", pid=pid))
+            self.table.put(WorkerStatus(spec.name, self._roles[spec.name], WorkerState.STARTING, pid=pid))
 
     def ended(self, spec: Spec, why: str, delay_s: float) -> None:
         self.table.remove(spec.name)
@@ -166,7 +167,9 @@ class Controller:
         text = f"{spec.name} cannot be kept running ({why}); its last lines:"
         self._display.note("\n  ".join((text, *last_lines)))
         if spec.name in self._roles:
-            self.table.put(WorkerStatus(spec.name, self._roles[spec.name], "failed", detail=f"given up: {why}"))
+            self.table.put(
+                WorkerStatus(spec.name, self._roles[spec.name], WorkerState.FAILED, detail=f"given up: {why}")
+            )
         if (spec.name == GATEWAY or not self._serving) and not self._failed.is_set():
             last = f": {last_lines[-1]}" if last_lines else ""
             self._failure = f"{spec.name} cannot be kept running ({why}){last}"

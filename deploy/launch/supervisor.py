@@ -9,8 +9,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..common.child import EXIT_CONFIG, EXIT_FAILED
-from ..common.clock import Clock
+from ...common.child import EXIT_CONFIG, EXIT_FAILED
+from ...common.clock import Clock
 from .launcher import Launcher, Process, Spec
 
 KILL_TIMEOUT_S = 5.0

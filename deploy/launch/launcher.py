@@ -19,8 +19,8 @@ from typing import Protocol
 
 import msgspec
 
-from ..common.config import GatewayConfig, WorkerConfig, to_json
-from .models import ImportJob
+from ...common.config import GatewayConfig, WorkerConfig, to_json
+from ..models import ImportJob
 
 Config = WorkerConfig | GatewayConfig | ImportJob
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from ..common.errors import StaleEpoch
-from ..common.messages import Members, WorkerStatus
+from ...common.cluster import FromController, FromGateway, Members, WorkerStatus
+from ...common.errors import StaleEpoch
+from ...protos.rpc import Stream
 
 
 class MemberTable:
-    """One row for each worker whose process lives or was given up. Implements `protos.rpc.ControllerService`.
+    """One row for each worker whose process lives or was given up. Implements `protos.control.ControllerService`.
 
     A row belongs to one process: what another one says under the same name (a late word of a dead incarnation) is
     refused. `version` grows with each change; a watcher that is slow skips versions and misses nothing.
@@ -42,6 +43,12 @@ class MemberTable:
         if row is None or row.pid != status.pid:
             raise StaleEpoch(f"{status.name} with process id {status.pid} is not a worker of this controller")
         self.put(status)
+
+    async def attend(self, stream: Stream[FromGateway, FromController]) -> None:
+        """A gateway's stream, for as long as it lives."""
+        await stream.read()
+        async for members in self.watch():
+            await stream.write(members)
 
     async def watch(self) -> AsyncIterator[Members]:
         """What is known, then again after each change, for ever."""
