@@ -31,6 +31,25 @@ MAX_LINE = 64 << 10
 """A longer log line is cut."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a worker needs of the node that it is placed on. `cpus`, `gpus` and `custom` are for each of its `ranks`,
+    which all go to one node. On one machine nothing is placed, and nothing of this counts.
+
+    accelerator_type    as Ray names it: H100
+    custom              (name, amount) of Ray's custom resources
+    pool, placement     workers of one pool are spread over nodes, or packed on few
+    """
+
+    pool: str = ""
+    ranks: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    accelerator_type: str = ""
+    custom: tuple[tuple[str, float], ...] = ()
+    placement: str = "spread"
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A process to start. `threads` bounds what its numeric libraries use."""
@@ -38,6 +57,7 @@ class Spec:
     name: str
     config: Config
     threads: int = 1
+    resources: Resources = field(default_factory=Resources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +75,11 @@ class Process(Protocol):
 
     @property
     def pid(self) -> int: ...
+
+    @property
+    def node(self) -> str:
+        """Which machine it is on, for people; empty: this one."""
+        ...
 
     @property
     def last_lines(self) -> Sequence[str]:
@@ -106,6 +131,7 @@ class LocalProcess:
     child: asyncio.subprocess.Process
     log: Callable[[str, str], None]
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    node: str = ""
     _reader: asyncio.Task[None] | None = None
 
     @property
