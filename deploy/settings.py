@@ -18,12 +18,29 @@ from ..common.config import TRANSPORTS, EngineConfig, GatewayConfig, HandoverCon
 from ..common.errors import InvalidRequest
 from ..common.kv_format import ITEM_BYTES
 from ..common.types import Role
+from .launch.launcher import Resources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """Workers that are alike: how many, what they do, how they compute, and what they need of a node. `engine` lacks
+    the model and `engine.threads` the share of one worker, both of which `cluster.py` fills in. A planner keeps the
+    pool between `min` and `max` workers."""
+
+    name: str
+    role: Role
+    count: int
+    engine: EngineConfig
+    handover: HandoverConfig = field(default_factory=HandoverConfig)
+    resources: Resources = field(default_factory=Resources)
+    min: int = 0
+    max: int = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """One cluster on this machine. The sections hold the values that all processes of a kind share; what differs
-    between processes (names, ports, secrets) is filled in by `cluster.py`."""
+    """One cluster. The sections hold the values that all processes of a kind share; what differs between processes
+    (names, ports, secrets) is filled in by `cluster.py`."""
 
     model: str = "demo"
     model_name: str = ""
@@ -31,6 +48,18 @@ class ServeConfig:
     prefill: int = 1
     decode: int = 1
     colocated: int = 0
+    pools: tuple[PoolConfig, ...] = ()
+    """All workers. `resolve` makes pools of the three counts above where the configuration names none."""
+    name: str = "default"
+    """Of the cluster, by which commands find it on this machine."""
+    launcher: str = "local"
+    gateways: int = 1
+    """HTTP doors, which share the port."""
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0
+    """Of the operators' API; 0: any free one."""
+    admin_token: str = ""
+    """What operators send; empty: a random one, which commands on this machine find by themselves."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0: any free one."""
@@ -89,10 +118,11 @@ OVERLAYS = {"prefill_engine": "engine", "decode_engine": "engine"}
 """Sections whose fields are another section's where they are not set."""
 
 ZERO_ALLOWED = {
-    *("prefill", "decode", "colocated", "port", "threads"),
+    *("prefill", "decode", "colocated", "port", "admin_port", "threads"),
     *("engine.max_model_len", "handover.headroom_tokens", "gateway.drain_s", "worker.drain_s"),
 }
 CHOICES = {
+    "launcher": ("local", "ray"),
     "handover.transport": ("auto", *TRANSPORTS),
     "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
     "engine.kv_dtype": ("auto", *ITEM_BYTES),
@@ -101,7 +131,7 @@ CHOICES = {
 
 def _known() -> dict[str, Any]:
     """Dotted path of every field that may be set, with its type."""
-    known = {name: kind for name, kind in get_type_hints(ServeConfig).items() if name not in SECTIONS}
+    known = {name: kind for name, kind in get_type_hints(ServeConfig).items() if name not in (*SECTIONS, "pools")}
     for section, (kind, managed) in SECTIONS.items():
         hints = get_type_hints(kind)
         known |= {f"{section}.{f.name}": hints[f.name] for f in fields(kind) if f.name not in managed}
@@ -129,7 +159,25 @@ def resolve(settings: Iterable[Setting]) -> ServeConfig:
         raise InvalidRequest("no worker would prefill: set prefill or colocated to 1 or more")
     if not (config.decode or config.colocated):
         raise InvalidRequest("no worker would decode: set decode or colocated to 1 or more")
-    return config
+    return replace(config, pools=_short_form(config))
+
+
+def _short_form(config: ServeConfig) -> tuple[PoolConfig, ...]:
+    """The pools that the counts `prefill`, `decode` and `colocated` stand for."""
+    engines = {Role.PREFILL: config.prefill_engine, Role.DECODE: config.decode_engine, Role.COLOCATED: config.engine}
+    counts = {Role.PREFILL: config.prefill, Role.DECODE: config.decode, Role.COLOCATED: config.colocated}
+    return tuple(
+        PoolConfig(
+            name=role.value,
+            role=role,
+            count=counts[role],
+            engine=engine,
+            handover=config.handover,
+            resources=Resources(pool=role.value, ranks=engine.tp),
+        )
+        for role, engine in engines.items()
+        if counts[role]
+    )
 
 
 def _checked(setting: Setting) -> Any:
@@ -155,7 +203,7 @@ def _check_range(path: str, value: float) -> None:
     zero = _rule(path) in ZERO_ALLOWED
     if not value >= 0 or (value == 0 and not zero):  # a NaN is not >= 0
         raise InvalidRequest(f"{value} is out of range: it must be {'0 or more' if zero else 'above 0'}")
-    if path == "port" and value > 65535:
+    if path.endswith("port") and value > 65535:
         raise InvalidRequest(f"{value} is not a port (0 to 65535)")
 
 

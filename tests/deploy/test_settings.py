@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,11 @@ def flags(**values: object) -> list[Setting]:
 
 def test_nothing_said_is_one_prefill_and_one_decode_of_the_demo() -> None:
     config = resolve([])
-    assert config == ServeConfig()
+    assert replace(config, pools=()) == ServeConfig()
+    assert [(pool.name, pool.role, pool.count) for pool in config.pools] == [
+        ("prefill", Role.PREFILL, 1),
+        ("decode", Role.DECODE, 1),
+    ]
     assert (config.model, config.prefill, config.decode, config.colocated) == ("demo", 1, 1, 0)
 
 
@@ -56,7 +61,7 @@ def test_prefill_and_decode_engines_are_the_common_one_but_for_what_is_said_of_t
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("port: 1\nprefil: 2\n", ":2: prefil: no such field here; known: api_keys, colocated,"),
+        ("port: 1\nprefil: 2\n", ":2: prefil: no such field here; known: admin_host, admin_port,"),
         ("engine:\n  kv_memory: 2 potatoes\n", ":2: engine.kv_memory: '2 potatoes' is not a size"),
         ("engine:\n  model: x\n", ":2: engine.model: no such field here; known: block_size,"),
         ("port: eighty\n", ":1: port: 'eighty' is not a whole number"),
