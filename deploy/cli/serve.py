@@ -1,0 +1,104 @@
+"""`baton serve`: flags and file become one configuration, and the cluster runs until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import setproctitle
+import typer
+
+from ...common.errors import InvalidRequest
+from .. import models
+from ..cluster import gateway_config, worker_configs
+from ..control.controller import Controller, claim_port
+from ..display import make_display
+from ..launch.launcher import LocalLauncher, LogFiles
+from ..settings import ServeConfig, Setting, from_yaml, resolve
+from .model import converter
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, GGUF file, or 'demo'.", show_default="demo")
+    ] = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers.", show_default="1")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers.", show_default="1")] = None,
+    colocated: Annotated[int | None, typer.Option(help="Workers that do both; replaces the default pair.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.", show_default="8000")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; flags override it.")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="Key that clients must send; repeatable.", envvar="BATON_API_KEY")
+    ] = None,
+    model_name: Annotated[str | None, typer.Option(help="Name that clients use.", show_default="from MODEL")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together at most.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="KV pool of each worker (of each rank): 512MiB, 2GiB.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default="auto")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.", show_default="auto")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of all workers.", show_default="all cores")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens that one step computes at most.")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Sequences that decode together at most.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens of one KV block.", show_default="16")] = None,
+    tp: Annotated[int | None, typer.Option(help="Ranks that share each worker's model.", show_default="1")] = None,
+    dummy_weights: Annotated[bool | None, typer.Option("--dummy-weights", help="Random weights, for timing.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Folder for one log file a process.")] = None,
+) -> None:
+    """Start controller, workers and gateway on this machine and serve until Ctrl-C.
+
+    Example: baton serve demo --prefill 1 --decode 2 --port 8123
+    """
+    flags = {
+        "model": model,
+        "prefill": prefill,
+        "decode": decode,
+        "colocated": colocated,
+        "host": host,
+        "port": port,
+        "api_keys": api_key or None,
+        "model_name": model_name,
+        "engine.max_model_len": max_model_len,
+        "engine.kv_memory": kv_memory,
+        "engine.dtype": dtype,
+        "engine.device": device,
+        "threads": threads,
+        "engine.max_batch_tokens": max_batch_tokens,
+        "engine.max_running": max_running,
+        "engine.block_size": block_size,
+        "engine.tp": tp,
+        "engine.dummy_weights": dummy_weights,
+        "log_dir": str(log_dir) if log_dir else None,
+    }
+    settings = from_yaml(config) if config else []
+    settings += [Setting(path, value, _flag(path)) for path, value in flags.items() if value is not None]
+    _serve(resolve(settings))
+
+
+def _flag(path: str) -> str:
+    name = path.rpartition(".")[2].removesuffix("s" if path == "api_keys" else "")
+    return "MODEL" if path == "model" else "--" + name.replace("_", "-")
+
+
+def _serve(config: ServeConfig) -> None:
+    source = models.find(config.model)
+    endpoint = claim_port(config.host, config.port)
+    setproctitle.setproctitle("baton serve")  # `ps` shows what it is, and no longer a key among its arguments
+    display = make_display()
+    launcher = LocalLauncher(log=_log_files(config.log_dir) if config.log_dir else display.log)
+    folder = models.prepare(source, converter(display))
+    name = config.model_name or source.name
+    gateway = replace(gateway_config(config, folder, name), port=endpoint.port)
+    token = os.environ.get("BATON_CLUSTER_TOKEN", "")  # for operators who talk to the workers themselves
+    asyncio.run(Controller(worker_configs(config, folder, name), gateway, launcher, display, token=token).run())
+
+
+def _log_files(log_dir: str) -> LogFiles:
+    folder = Path(log_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"--log-dir: cannot make {folder}: {error.strerror}") from error
+    return LogFiles(folder)
