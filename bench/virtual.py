@@ -26,7 +26,7 @@ from ..kvtransfer.inlet import RankInlet
 from ..kvtransfer.layout import Cut, Route
 from ..kvtransfer.transport import Mark, Offer, Store
 from ..kvtransfer.wire import Checksums
-from ..worker.assembly import make_roles
+from ..worker.cast import Cast
 
 ROUTER = "router"
 LAYERS = 4
@@ -245,7 +245,7 @@ class SimWorker:
         )
         self._inlet = RankInlet(self.store, self.clock, self.post)
         self._outlet = _Outlet(self)
-        roles = make_roles(info.role, context, self._inlet, self._outlet)
+        roles = Cast(context, self._inlet, self._outlet).play(info.role)
         self.loop = EngineLoop(context, roles, _Runner(self.clock, costs), self._inbox, self.clock, self._deliver)
         self.post(RouterJoined(ROUTER))
         world.at(world.now, self._round)

@@ -127,11 +127,37 @@ class GatewayConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     block_size: int = 16
     max_model_len: int = 0
+    name: str = ""
+    """Of this process among the cluster's gateways: `gateway-0`."""
     request_timeout_s: float = 600.0
     max_body_bytes: int = 8 << 20
     max_stream_backlog: int = 4096
     """Tokens that a client may leave unread before its request is aborted."""
     drain_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerConfig:
+    """What the controller is told. What the cluster shall be, it loads from its parent."""
+
+    parent: str
+    """host:port of the parent, which owns the processes and keeps the desired state."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Where workers and gateways report."""
+    cluster_token: str = ""
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0
+    admin_token: str = ""
+    """What operators must send."""
+    model_name: str = ""
+    launcher: str = "local"
+    """Both for people, who see them in the status."""
+    round_s: float = 1.0
+    """It looks at everything this often, and at each change."""
+    silence_s: float = 60.0
+    """A worker that has not reported for this long is killed and started again. Routers have left a frozen one long
+    before, and take it back when it wakes: so this is long."""
 
 
 def split_threads(total: int, users: int) -> list[int]:

@@ -38,6 +38,12 @@ class Unauthorized(BatonError):
     code, http_status = "invalid_api_key", 401
 
 
+class Conflict(BatonError):
+    """What is asked for does not go together with what is under way."""
+
+    code, http_status = "conflict", 409
+
+
 class Overloaded(BatonError):
     """A bounded queue is full. `retry_after_s` says when to come back."""
 
@@ -80,6 +86,12 @@ class StaleEpoch(BatonError):
 
 class StaleAttempt(BatonError):
     code, http_status, retryable = "stale_attempt", 503, True
+
+
+class WrongRole(BatonError):
+    """A worker was asked for what its role does not do: it has been turned, and the caller has not heard of it yet."""
+
+    code, http_status, retryable = "wrong_role", 503, True
 
 
 class FingerprintMismatch(BatonError):

@@ -10,7 +10,7 @@ from ..common.clock import Clock
 from ..common.errors import EngineBroken, EngineFailure
 from ..common.messages import CheckReport, KvEvents, Load, Resync
 from .block_manager import BlockLeak
-from .mailbox import FromRouter, Inbox, Inspect, Mail, RouterGone, RouterJoined
+from .mailbox import FromRouter, Inbox, Inspect, Mail, Recast, RouterGone, RouterJoined
 from .plan import Runner, Slice, StepPlan
 from .role import Context, Role
 
@@ -44,6 +44,7 @@ class EngineLoop:
         self._deliver = deliver
         self._kv_seq = 0
         self._failures = 0
+        self._recasts: list[tuple[Recast, float]] = []
         self.last_round = clock.now()
         self.last_load = self.load()
         """For heartbeats, on any thread: a round that only frees something changes the load and has nothing to say."""
@@ -62,6 +63,8 @@ class EngineLoop:
             match item:
                 case Inspect(reply):
                     reply(self.inspect())
+                case Recast():
+                    self._recasts.append((item, now + item.within_s))
                 case RouterJoined(router):
                     self.context.outbox.routers.add(router)
                     self._tell_cache(router)
@@ -74,10 +77,21 @@ class EngineLoop:
                         role.receive(item, now)
         for role in self.roles:
             role.tick(now)
+        if self._recasts:
+            self._recast(now)
         computed = self._compute(now)
         self._tell_changes()
         self._tell()
         return computed
+
+    def _recast(self, now: float) -> None:
+        """Between two roles nothing may be held: the one would not know what the other has begun."""
+        held = any(role.waiting or role.running or role.handovers for role in self.roles)
+        for entry in [e for e in self._recasts if not held or now >= e[1]]:
+            self._recasts.remove(entry)
+            if not held:
+                self.roles = entry[0].cast()
+            entry[0].reply(not held)
 
     def _compute(self, now: float) -> bool:
         plan = StepPlan(self.context.limits.max_batch_tokens)

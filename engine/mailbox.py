@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..common.errors import BatonError
 from ..common.messages import (
@@ -34,6 +35,9 @@ from ..common.messages import (
 )
 from ..common.types import FinishReason, TokenLogprob, WorkerRef
 from .sequence import SequenceKey
+
+if TYPE_CHECKING:
+    from .role import Role
 
 # --- what comes in ---
 
@@ -91,6 +95,16 @@ class Inspect:
     reply: Callable[[CheckReport], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Recast:
+    """Change the worker's role: run the policies that `cast` makes, from the first moment on at which nothing is held,
+    within `within_s`. `reply` is called on the loop's thread: whether there was such a moment."""
+
+    cast: Callable[[], Sequence[Role]]
+    within_s: float
+    reply: Callable[[bool], None]
+
+
 InboxItem = (
     FromRouter
     | RouterJoined
@@ -103,6 +117,7 @@ InboxItem = (
     | Spoiled
     | TransportBroken
     | Inspect
+    | Recast
 )
 
 

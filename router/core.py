@@ -67,7 +67,6 @@ class RouterCore:
         self._requests: dict[RequestState, None] = {}
         self._tickets: dict[int, RequestState] = {}
         self._waiting: dict[RequestState, Waiting] = {}  # in the order in which they began to wait
-        self._draining: frozenset[str] = frozenset()
         self._last_tick = float("-inf")
         self._effects = Effects()
 
@@ -114,19 +113,17 @@ class RouterCore:
     def worker_up(self, info: WorkerInfo, now: float) -> None:
         """A session with this incarnation of a worker stands. It is usable from its first load report on."""
         self.worker_lost(info.ref.name, "a new session took its place", now)
-        self._placement.joined(Worker(info, heard=now, draining=info.ref.name in self._draining))
+        self._placement.joined(Worker(info, heard=now))
 
     def worker_lost(self, name: str, why: str, now: float) -> None:
         """The session broke or the worker fell silent: its requests go elsewhere. No error if it is not there."""
         if worker := self._placement.left(name):
-            self.stats.losses += 1
+            self.stats.losses += worker.usable or bool(worker.tickets)  # one that was to go, and is empty, is no loss
             self._move_away(worker, WorkerLost(f"worker {name}: {why}"), now)
 
-    def set_draining(self, names: Iterable[str]) -> None:
-        """Exactly these workers take no new requests; what they have, they finish."""
-        self._draining = frozenset(names)
-        for name, worker in self._fleet.workers.items():
-            worker.draining = name in self._draining
+    def set_draining(self, draining: Iterable[str], leaving: Iterable[str] = ()) -> None:
+        """Exactly these workers take no new requests. What the first have, they finish; what the others have, moves."""
+        self._fleet.mark(frozenset(draining), frozenset(leaving))
 
     def on_report(self, name: str, report: StepReport, now: float) -> None:
         """Take in what a worker says of one step."""
@@ -239,6 +236,7 @@ class RouterCore:
     def _begun(self, state: RequestState, attempt: Attempt, name: str, now: float) -> None:
         """The first token of an attempt is here."""
         self._fleet.begun(attempt)
+        state.fingerprint = state.fingerprint or self._fleet.workers[name].info.fingerprint
         if state.first_token is None:
             state.first_token = now
         if name == attempt.decode:

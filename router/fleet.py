@@ -50,6 +50,9 @@ class Worker:
     load: Load | None = None
     """None until the first report: not usable yet."""
     draining: bool = False
+    """It takes nothing new."""
+    leaving: bool = False
+    """Nor does it keep what it has: running requests move to others."""
     stalled: bool = False
     tickets: set[int] = field(default_factory=set)
     own_tokens: int = 0
@@ -63,15 +66,15 @@ class Worker:
     @property
     def usable(self) -> bool:
         """May take new requests."""
-        return self.load is not None and not self.draining and not self.stalled
+        return self.load is not None and not (self.draining or self.leaving or self.stalled)
 
     @property
     def state(self) -> str:
-        """For people: loading, ready, draining or stalled."""
+        """For people: loading, ready, draining, leaving or stalled."""
         if self.stalled:
             return "stalled"
-        if self.draining:
-            return "draining"
+        if self.leaving or self.draining:
+            return "leaving" if self.leaving else "draining"
         return "ready" if self.load is not None else "loading"
 
     @property
@@ -103,6 +106,19 @@ class Fleet:
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
+        self._draining: frozenset[str] = frozenset()
+        self._leaving: frozenset[str] = frozenset()
+
+    def enter(self, worker: Worker) -> None:
+        """A session with it stands."""
+        self.workers[worker.name] = worker
+        self.mark(self._draining, self._leaving)
+
+    def mark(self, draining: frozenset[str], leaving: frozenset[str]) -> None:
+        """Exactly these take nothing new, now and when they come anew."""
+        self._draining, self._leaving = draining, leaving
+        for name, worker in self.workers.items():
+            worker.draining, worker.leaving = name in draining, name in leaving
 
     def usable(self) -> list[Worker]:
         return [worker for worker in self.workers.values() if worker.usable]

@@ -20,8 +20,8 @@ SHARE_S = 30.0
 
 
 def due(fleet: Fleet, tickets: Mapping[int, RequestState], now: float) -> Iterator[tuple[str, Move]]:
-    """(worker, move) for requests that should leave workers that drain, and can. Enters them as being on their way."""
-    for worker in [w for w in fleet.workers.values() if w.draining and not w.stalled]:
+    """(worker, move) for what can move off workers that are leaving. Enters it as being on its way."""
+    for worker in [w for w in fleet.workers.values() if w.leaving and not w.stalled]:
         attempts = [a for t in sorted(worker.tickets) if (a := tickets[t].attempt) and a.decoder == worker.name]
         free = MOVES_AT_ONCE - sum(a.moving is not None for a in attempts)
         for attempt in [a for a in attempts if _movable(a, now)][: max(0, free)]:

@@ -42,7 +42,7 @@ class Placement:
 
     def joined(self, worker: Worker) -> None:
         """Enter a worker, and with it what the fleet can take."""
-        self.fleet.workers[worker.name] = worker
+        self.fleet.enter(worker)
         workers = self.fleet.workers.values()
         longest = min(
             max((w.longest for w in workers if w.info.role.prefills), default=worker.longest),
@@ -71,7 +71,7 @@ class Placement:
     def pick(self, state: RequestState, now: float, avoid: Set[str] = frozenset()) -> Choice | None:
         """The best pair for the request as it is now, without the workers `avoid`; None where nobody has room."""
         state.excluded = {name: until for name, until in state.excluded.items() if until > now}
-        workers = [w for w in self.fleet.usable() if w.name not in state.excluded and w.name not in avoid]
+        workers = [w for w in self._generation(state) if w.name not in state.excluded and w.name not in avoid]
         if not workers:
             return None
         cached: dict[str, int] = {}
@@ -87,6 +87,13 @@ class Placement:
                 chain = state.chain(BlockHasher(size, self._key))
                 self.index.touch(worker.name, chain[: cached.get(worker.name, 0) // size])
         return choice
+
+    def _generation(self, state: RequestState) -> list[Worker]:
+        """Usable workers of the weights that the request's output began with, while such a pair is there: an answer
+        shall not change its model on the way. When they are all gone, to go on with others is better than to end."""
+        usable = self.fleet.usable()
+        own = [w for w in usable if w.info.fingerprint == state.fingerprint]
+        return own if has_pair(own) else usable
 
     def snapshot(self) -> tuple[WorkerSnapshot, ...]:
         """All workers as they stand now."""

@@ -64,6 +64,8 @@ class RequestState:
     excluded: dict[str, float] = field(default_factory=dict)
     waited_s: float = 0.0
     cached_tokens: int | None = None
+    fingerprint: str = ""
+    """Of the workers that its first token came from; empty before."""
     ceiling: int = 0
     """Longest sequence that the last pair of workers could hold; 0 before the first."""
     routed: float | None = None

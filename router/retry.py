@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..common.config import RouterConfig
-from ..common.errors import BatonError, EngineFailure, PoisonRequest, PoolFull, WorkerLost, from_code
+from ..common.errors import BatonError, EngineFailure, PoisonRequest, PoolFull, WorkerLost, WrongRole, from_code
 from .fleet import Attempt
 from .request import RequestState
 
@@ -21,7 +21,7 @@ EXONERATED_AFTER = 16
 def blamed(attempt: Attempt, reporter: str, error: BatonError) -> str:
     """Which worker to keep away from. Who reports is alive: unless its own engine failed, a pair's trouble lies with
     the other one."""
-    if reporter == attempt.prefill and attempt.decode is not None and not isinstance(error, EngineFailure):
+    if reporter == attempt.prefill and attempt.decode is not None and not isinstance(error, EngineFailure | WrongRole):
         return attempt.decode
     return reporter
 

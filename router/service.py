@@ -188,7 +188,8 @@ class Router:
                 self._links[name].aim(ref)
             else:
                 self._links[name] = Link(ref, self._caller, self)
-        self._core.set_draining(name for name, worker in reachable.items() if worker.state in ("draining", "leaving"))
+        by_state = {s: [n for n, worker in reachable.items() if worker.state == s] for s in ("draining", "leaving")}
+        self._core.set_draining(by_state["draining"], by_state["leaving"])
 
 
 def _in_words(worker: WorkerStatus) -> str:

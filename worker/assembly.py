@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
@@ -12,31 +13,29 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..common.clock import Clock
 from ..common.config import WorkerConfig
-from ..common.errors import DeadlineExceeded, NotReady
+from ..common.errors import DeadlineExceeded, InvalidRequest, NotReady
 from ..common.hashing import BlockHasher, cluster_key
-from ..common.messages import CheckReport, Endpoint, Load, Purpose, Turn
+from ..common.messages import CheckReport, Endpoint, Load, Turn
 from ..common.types import Role, WorkerInfo, WorkerRef
-from ..decode.role import DecodeRole
-from ..engine import role as engine_role
 from ..engine.block_table import BlockTable
 from ..engine.loop import EngineLoop
-from ..engine.mailbox import Inbox, Inspect, Mail, Outbox
+from ..engine.mailbox import Inbox, Inspect, Mail, Outbox, Recast
 from ..engine.plan import Runner
-from ..engine.role import Context, Host, Limits
+from ..engine.role import Context, Limits
 from ..kvtransfer.fetched import Shared
 from ..kvtransfer.plane import Plane, this_host
 from ..kvtransfer.transport import Inlet, Outlet, Store
-from ..prefill.role import PrefillRole
 from ..protos import rpc
 from ..protos.convert import FromRouter, FromSource, FromTarget, FromWorker
-from .intake import Intake
+from .cast import Cast
 from .links import RouterLines, SourceLines, TargetLines
-from .sharing import CacheHost, Sharing
 from .spread import PlaneConfig, SpreadInlet, SpreadOutlet, doors_of
 
 if TYPE_CHECKING:  # they need torch, and not all workers do
     from ..engine.follower import Followers
     from ..kvtransfer.process_group import ProcessGroups
+
+log = logging.getLogger(__name__)
 
 CHECK_TIMEOUT_S = 10.0
 """How long an operator's question may wait for the loop to come round."""
@@ -76,18 +75,6 @@ class Computes(Protocol):
     def num_blocks(self) -> int: ...
 
 
-def make_roles(role: Role, context: Context, inlet: Inlet, outlet: Outlet) -> list[engine_role.Role]:
-    """The policies of a role. Decode comes first: it takes its share of the step's budget before prefill does."""
-    hosts: dict[Purpose, Host] = {Purpose.CACHE: CacheHost(context)}
-    intake, sharing = Intake(context, inlet, hosts), Sharing(context, outlet)
-    if role is Role.PREFILL:
-        return [intake, PrefillRole(context, outlet), sharing]
-    decode = hosts[Purpose.DECODE] = DecodeRole(context, intake, outlet)
-    if role is Role.DECODE:
-        return [intake, decode, sharing]
-    return [intake, decode, PrefillRole(context, outlet, decode), sharing]
-
-
 class Worker:
     """A whole worker but for its process: `start` listens, `loop.run` (on a thread of its own) works.
 
@@ -118,8 +105,10 @@ class Worker:
         inlet, outlet, doors = self._planes(engine, address)
         own = Endpoint(self.ref, engine.fingerprint, engine.store.format, this_host(), doors)
         context = Context(endpoint=own, table=table, outbox=Outbox(), limits=limits, handover=config.handover)
-        roles = make_roles(config.role, context, inlet, outlet)
-        self.loop = EngineLoop(context, roles, engine.runner, self.inbox, clock, self._deliver)
+        self.role = config.role
+        self._cast = Cast(context, inlet, outlet)
+        self._turning: asyncio.Future[None] | None = None
+        self.loop = EngineLoop(context, self._cast.play(config.role), engine.runner, self.inbox, clock, self._deliver)
         info = WorkerInfo(
             ref=self.ref,
             role=config.role,
@@ -133,7 +122,7 @@ class Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        self._routers = RouterLines(info, self.inbox, self._last_load, config.heartbeat_s, config.lease_s)
+        self._routers = RouterLines(info, self.inbox, self.load, config.heartbeat_s, config.lease_s)
         self._sources = SourceLines(own, self.inbox, config.heartbeat_s, config.lease_s)
         self._targets = TargetLines(own, self.inbox, config.cluster_token, config.handover.lease_s)
 
@@ -174,7 +163,36 @@ class Worker:
         await self._sources.serve(stream)
 
     async def turn(self, order: Turn) -> None:
-        raise NotReady("this worker keeps its role")
+        """See `Turn`. Raises `NotReady` where another turn is under way, `DeadlineExceeded` where there are requests
+        all the time."""
+        if order.role not in [role.value for role in Role]:
+            raise InvalidRequest(f"{order.role!r} is no role", param="role")
+        if self._turning is not None:
+            raise NotReady("it is being turned already")
+        role, turned = Role(order.role), self._events.create_future()
+        if role is self.role:
+            return
+        self._turning = turned
+        self.inbox.post(
+            Recast(lambda: self._cast.play(role), order.within_s, lambda ok: self._post(self._turned, role, ok))
+        )
+        try:
+            async with asyncio.timeout(order.within_s + CHECK_TIMEOUT_S):
+                await asyncio.shield(turned)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the engine loop has not come round for {CHECK_TIMEOUT_S:.0f} s") from error
+        if self.role is not role:
+            raise DeadlineExceeded(f"it has not been without requests for {order.within_s:.0f} s")
+
+    def _turned(self, role: Role, done: bool) -> None:
+        """The loop's word on a turn, whether or not somebody still waits for it. Routers come anew, and learn of it."""
+        if done:
+            self.role = role
+            log.info("a %s worker from here on", role)
+            self._routers.renew(role)
+        turning, self._turning = self._turning, None
+        if turning is not None and not turning.done():
+            turning.set_result(None)
 
     async def check(self) -> CheckReport:
         """The loop's own books. Raises `DeadlineExceeded` where the loop does not come round."""
@@ -203,7 +221,7 @@ class Worker:
         for source, to_source in mail.to_sources:
             self._sources.send(source, to_source)
 
-    def _last_load(self) -> Load:
+    def load(self) -> Load:
         """The load after the loop's last round, with the time since then."""
         return replace(self.loop.last_load, loop_age_s=max(0.0, self._clock.now() - self.loop.last_round))
 

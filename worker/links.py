@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 from ..common.errors import BatonError, DeadlineExceeded, InvalidRequest, StaleEpoch, WorkerLost
@@ -28,7 +29,7 @@ from ..common.messages import (
     StepReport,
     TargetMessage,
 )
-from ..common.types import WorkerInfo, WorkerRef
+from ..common.types import Role, WorkerInfo, WorkerRef
 from ..engine.mailbox import FromRouter, FromSource, FromTarget, Inbox, RouterGone, RouterJoined, SourceGone, TargetGone
 from ..kvtransfer.layout import routes
 from ..protos.convert import FromRouter as RouterSays
@@ -57,13 +58,18 @@ class Line(Generic[T]):
     def __init__(self) -> None:
         self._queue: deque[T] = deque()
         self._wake = asyncio.Event()
-        self._overflow = False
+        self._cut = ""
 
     def put(self, message: T) -> None:
         if len(self._queue) >= MAX_QUEUED:
-            self._overflow = True
+            self.cut(f"{MAX_QUEUED} messages wait for the other end")
         else:
             self._queue.append(message)
+            self._wake.set()
+
+    def cut(self, why: str) -> None:
+        """End the stream, once what waits has been written."""
+        self._cut = self._cut or why
         self._wake.set()
 
     async def pump(self, stream: _Writer[T], every: float, beat: Callable[[], T | None]) -> None:
@@ -87,8 +93,8 @@ class Line(Generic[T]):
                         await stream.write(message)
                 except TimeoutError as error:
                     raise WorkerLost("the other end does not read") from error
-            if self._overflow:
-                raise WorkerLost(f"{MAX_QUEUED} messages wait for the other end")
+            if self._cut:
+                raise WorkerLost(self._cut)
 
 
 async def _either(*work: Awaitable[None]) -> None:
@@ -131,6 +137,12 @@ class RouterLines:
     def tell(self, router: str, report: StepReport) -> None:
         if line := self._lines.get(router):
             line.put(report)
+
+    def renew(self, role: Role) -> None:
+        """The worker has another role: routers hear of it when they come anew, which they do at once."""
+        self._info = replace(self._info, role=role)
+        for line in self._lines.values():
+            line.cut(f"it is a {role} worker now")
 
     async def serve(self, stream: Stream[RouterSays, FromWorker]) -> None:
         """One router's stream, for as long as it lives."""

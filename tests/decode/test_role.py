@@ -15,7 +15,7 @@ from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import FromRouter, FromSource, Inbox, Mail, Outbox, RouterJoined
 from baton.engine.role import Context, Limits
 from baton.kvtransfer.inlet import RankInlet
-from baton.worker.assembly import make_roles
+from baton.worker.cast import Cast
 from tests.toy import BLOCK_SIZE, EOS, VOCAB, ToyPool, ToyRunner, endpoint, oracle, request
 
 SOURCE, TARGET = endpoint("prefill-0"), endpoint("worker-0", epoch=2)
@@ -41,7 +41,7 @@ class Bench:
             limits=limits, handover=HandoverConfig(lease_s=2.0),
         )  # fmt: skip
         inlet = RankInlet(pool.store, self.clock, self.inbox.post)
-        roles = make_roles(role, context, inlet, NO_OUTLET)
+        roles = Cast(context, inlet, NO_OUTLET).play(role)
         self.loop = EngineLoop(context, roles, ToyRunner(pool), self.inbox, self.clock, self.said.append)
         self.inbox.post(RouterJoined("router"))
 

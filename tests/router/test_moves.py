@@ -22,7 +22,7 @@ class Moving:
         driver.report("p", handed_over=(HandedOver(self.ticket),))
         driver.tokens("d", self.ticket, 3, 10, 11)
         driver.up("e", Role.DECODE)
-        driver.core.set_draining({"d"})
+        driver.core.set_draining((), {"d"})
         driver.tick()
 
     @property
@@ -90,7 +90,7 @@ def test_who_stays_is_asked_again_later(moving: Moving) -> None:
 
 def test_a_target_that_is_gone_when_it_has_taken_it_is_a_lost_worker(moving: Moving) -> None:
     driver, ticket = moving.driver, moving.ticket
-    driver.core.set_draining(())
+    driver.core.set_draining((), ())
     driver.lose("e")
     driver.report("d", handed_over=(HandedOver(ticket),))
     assert moving.state.attempt.ticket != ticket  # type: ignore[union-attr]
@@ -125,7 +125,7 @@ def test_nobody_moves_where_nobody_has_room() -> None:
     driver.report("p", handed_over=(HandedOver(state.attempt.ticket),))  # type: ignore[union-attr]
     driver.tokens("d", state.attempt.ticket, 3, 10)  # type: ignore[union-attr]
     driver.up("e", Role.DECODE, load(free_blocks=0))
-    driver.core.set_draining({"d"})
+    driver.core.set_draining((), {"d"})
     driver.wait(1.0)
     assert not [m for _, m in driver.sent if isinstance(m, Move)]
 
@@ -141,7 +141,7 @@ def test_nobody_moves_to_where_the_request_would_end_sooner() -> None:
         driver.report("p", handed_over=(HandedOver(ticket),))
         driver.tokens("d", ticket, 3, 10)
     driver.up("e", Role.DECODE, max_model_len=20)
-    driver.core.set_draining({"d"})
+    driver.core.set_draining((), {"d"})
     driver.wait(1.0)
     moved = [m.ticket for _, m in driver.sent if isinstance(m, Move)]
     assert moved == [states[1].attempt.ticket]  # type: ignore[union-attr]

@@ -81,7 +81,7 @@ async def test_a_drain_takes_its_requests_along(house: House, router: Router, tr
         answers = [group.create_task(answer(router, seed, length)) for seed in seeds]
         await asyncio.sleep(0.25)
         assert all(w.loop.load().running > 2 for n, w in house.workers.items() if n != "prefill-0")
-        router._core.set_draining({"decode-0"})
+        router._core.set_draining((), {"decode-0"})
         await drained(house, "decode-0")
         assert not any(a.done() for a in answers), "it emptied because the requests ended"
     for seed, tokens in zip(seeds, answers, strict=True):
@@ -103,7 +103,7 @@ async def test_to_and_fro_until_the_end(house: House, router: Router) -> None:
 
     async def chase() -> None:
         while True:
-            router._core.set_draining({rng.choice(names)})
+            router._core.set_draining((), {rng.choice(names)})
             await asyncio.sleep(rng.uniform(0.02, 0.2))
 
     chasing = asyncio.create_task(chase())
@@ -128,7 +128,7 @@ async def test_either_side_dies_while_requests_move(house: House, router: Router
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
         answers = [group.create_task(answer(router, seed, length)) for seed in seeds]
         await asyncio.sleep(0.2)
-        router._core.set_draining({"decode-0"})
+        router._core.set_draining((), {"decode-0"})
         await asyncio.sleep(0.03)
         await house.kill(victim)
     for seed, tokens in zip(seeds, answers, strict=True):
@@ -145,7 +145,7 @@ async def test_who_finds_no_room_stays(house: House, router: Router) -> None:
         await asyncio.sleep(0.1)
         await house.worker("decode-1", Role.DECODE, ToyEngine(num_blocks=6))
         await ready(router, 3)
-        router._core.set_draining({"decode-0"})
+        router._core.set_draining((), {"decode-0"})
     for seed, tokens in enumerate(answers):
         assert tokens.result() == oracle(prompt(seed), 60)
     await house.balanced()

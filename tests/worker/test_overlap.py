@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from baton.common.clock import RealClock
-from baton.common.config import EngineConfig, RouterConfig, WorkerConfig
 from baton.common.cluster import Members, WorkerStatus
+from baton.common.config import EngineConfig, RouterConfig, WorkerConfig
 from baton.common.types import Request, Role, SamplingParams
 from baton.deploy import models
 from baton.engine.gguf import import_gguf

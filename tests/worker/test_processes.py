@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from baton.common.config import RouterConfig
 from baton.common.cluster import Members, WorkerStatus
+from baton.common.config import RouterConfig
 from baton.common.messages import CheckReport
 from baton.common.types import Role, WorkerRef
 from baton.protos.rpc import Peer

@@ -30,7 +30,7 @@ from baton.kvtransfer.inline import InlineGiver
 from baton.kvtransfer.layout import Route
 from baton.kvtransfer.transport import Giver, Offer, Store
 from baton.kvtransfer.wire import Checksums, FrameHeader
-from baton.worker.assembly import make_roles
+from baton.worker.cast import Cast
 from tests.poison import Poison
 from tests.toy import BLOCK_SIZE, EOS, FORMAT, VOCAB, ToyPool, ToyRunner, endpoint
 
@@ -146,7 +146,7 @@ class Bench:
         )  # fmt: skip
         self.pool.store.checked = transport != "shm"  # there the seqlock alone has to do
         self.inlet = RankInlet(self.pool.store, clock, self.inbox.post)
-        self.roles = make_roles(role, self.context, self.inlet, self.frames)
+        self.roles = Cast(self.context, self.inlet, self.frames).play(role)
         self.poison = Poison(table.manager, self.pool.shared.memory.reshape(FORMAT.num_layers, 12, -1))
         self.loop = EngineLoop(self.context, self.roles, ToyRunner(self.pool), self.inbox, clock, self._deliver)
         self.post(RouterJoined("router"))
