@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from baton.common.cluster import Members, WorkerState, WorkerStatus
 from baton.common.errors import PoolFull, StaleEpoch
 from baton.common.messages import (
     Cancel,
@@ -23,13 +24,12 @@ from baton.common.messages import (
     Hello,
     KvEvents,
     Load,
-    Members,
     Resync,
     Started,
     StepReport,
     Submit,
     TokenOut,
-    WorkerStatus,
+    Turn,
 )
 from baton.common.types import FinishReason, Request, Role, WorkerInfo, WorkerRef
 from baton.protos.convert import FromRouter, FromSource, FromTarget, FromWorker
@@ -122,7 +122,7 @@ class FakeWorker:
 
     @property
     def status(self) -> WorkerStatus:
-        return WorkerStatus(self.name, self.role.value, "ready", self.address, self.epoch, 1.0)
+        return WorkerStatus(self.name, self.role.value, WorkerState.READY, self.address, self.epoch, 1.0)
 
     @property
     def ref(self) -> WorkerRef:
@@ -158,6 +158,9 @@ class FakeWorker:
 
     async def check(self) -> CheckReport:
         return CheckReport(ok=not self.running, sequences=self.running)
+
+    async def turn(self, order: Turn) -> None:
+        raise NotImplementedError  # these keep their roles
 
     def _receive(self, name: str, router: _Router, message: FromRouter) -> None:
         match message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.common import cluster as c
 from baton.common import messages as m
 from baton.common import types as t
 from baton.common.errors import InvalidRequest
 from baton.common.kv_format import ITEM_BYTES, KvFormat
-from baton.protos import convert
+from baton.protos import cluster, convert
 from baton.protos.compile import COMPILED, compiled
 from baton.protos.schema import pb
 
@@ -66,7 +68,15 @@ report = st.builds(
     several(st.builds(m.Stayed, u64, text, text)),
 )
 abort = st.builds(m.Abort, u64, text, text)
-status = st.builds(m.WorkerStatus, text, text, text, text, u64, number, text, u32)
+status = st.builds(
+    c.WorkerStatus, text, text, st.sampled_from(c.WorkerState), text, u64, number, text, u32, text, st.none() | load
+)
+numbers = st.lists(number, max_size=4).map(tuple)
+traffic = st.builds(c.Traffic, number, u64, u64, u64, u64, u64, u64, u64, numbers, numbers, numbers, u32, u32, number)
+span = st.builds(c.Span, text, text, number, st.none() | number, text)
+trace = st.builds(c.Trace, text, text, number, text, u32, u32, u32, several(span))
+lines = several(text)
+process = st.builds(c.ProcessStatus, text, st.sampled_from(c.Phase), text, u32, text, u32, text, lines, number)
 tps = st.sampled_from([1, 2])
 formats = st.builds(KvFormat, *[st.integers(1, 9).map(lambda n: 2 * n)] * 4, st.sampled_from(list(ITEM_BYTES)), tps)
 door = st.dictionaries(text, text, max_size=2)
@@ -96,17 +106,37 @@ MESSAGES = {
         st.builds(m.Committed, u64),
         abort,
     ),
-    "MEMBERS": st.builds(m.Members, u64, several(status)),
+    "FROM_GATEWAY": st.one_of(
+        st.builds(c.GatewayHello, text, text, u64),
+        traffic,
+        st.builds(c.TraceAnswer, u64, st.none() | trace),
+    ),
+    "FROM_CONTROLLER": st.one_of(
+        st.builds(c.Members, u64, several(status)),
+        st.builds(c.TraceQuestion, u64, text),
+    ),
     "STATUS_REPORT": status,
+    "PROCESSES": st.builds(c.Processes, u64, several(process)),
+    "LAUNCH_ORDER": st.builds(c.Launch, text, text, st.binary(), u32, st.binary(), text),
+    "END_ORDER": st.builds(c.End, text, number),
+    "LOG_REQUEST": st.builds(c.LogQuestion, text, st.integers(-(2**31), 2**63 - 1), u32),
+    "LOG_LINES": st.builds(c.LogLines, u64, lines),
+    "STORED": st.binary(),
+    "TURN_ORDER": st.builds(m.Turn, text, number),
     "CHECK_REPORT": st.builds(m.CheckReport, st.booleans(), text, u32, u32, u32, u32, u32, u32, u32, u64),
     "EMPTY": st.none(),
     "RAW": st.binary(),
 }
 
 
+def _codec(name: str) -> convert.Codec[Any]:
+    codec: convert.Codec[Any] = getattr(cluster if hasattr(cluster, name) else convert, name)
+    return codec
+
+
 @pytest.mark.parametrize("name", MESSAGES)
 def test_round_trip(name: str) -> None:
-    codec = getattr(convert, name)
+    codec = _codec(name)
 
     @settings(max_examples=60, deadline=None)
     @given(MESSAGES[name])
@@ -118,7 +148,7 @@ def test_round_trip(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MESSAGES if name != "RAW"])
 def test_garbage_is_refused_with_a_typed_error_or_read_as_a_message(name: str) -> None:
-    codec = getattr(convert, name)
+    codec = _codec(name)
     rng = random.Random(name)
     for _ in range(300):
         try:
@@ -166,12 +196,14 @@ def _ok_request() -> Any:
         pb.FromSource(hello=pb.Endpoint(ref=pb.WorkerRef(), format=pb.KvFormat(dtype="int8"))),
         pb.FromTarget(hello=pb.Endpoint(ref=pb.WorkerRef(), format=_ok_format())),
         pb.FromTarget(),
+        pb.FromGateway(),
+        pb.FromController(),
+        pb.FromController(members=pb.Members(workers=[pb.WorkerStatus(state="asleep")])),
     ],
     ids=lambda message: str(message).replace("\n", " ").replace(" ", "") or f"empty{message.DESCRIPTOR.name}",
 )
 def test_malformed_messages_are_refused(message: Any) -> None:
-    names = {"FromRouter": "FROM_ROUTER", "FromWorker": "FROM_WORKER", "FromSource": "FROM_SOURCE"}
-    codec = getattr(convert, names.get(message.DESCRIPTOR.name, "FROM_TARGET"))
+    codec = _codec(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", message.DESCRIPTOR.name).upper())
     with pytest.raises(InvalidRequest):
         codec.decode(message.SerializeToString())
 

@@ -8,13 +8,31 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from baton.common.cluster import (
+    End,
+    FromController,
+    FromGateway,
+    GatewayHello,
+    Launch,
+    LogLines,
+    LogQuestion,
+    Members,
+    Phase,
+    Processes,
+    ProcessStatus,
+    TraceAnswer,
+    TraceQuestion,
+    Traffic,
+    WorkerState,
+    WorkerStatus,
+)
 from baton.common.errors import DeadlineExceeded, InvalidRequest, StaleEpoch, Unauthorized, WorkerLost
 from baton.common.kv_format import KvFormat
-from baton.common.cluster import Members, WorkerStatus
-from baton.common.messages import CheckReport, Endpoint, Hello, Ping, StepReport
+from baton.common.messages import CheckReport, Endpoint, Hello, Ping, StepReport, Turn
 from baton.common.types import WorkerRef
 from baton.protos import rpc
-from baton.protos.convert import FromRouter, FromSource, FromTarget, FromWorker
+from baton.protos.control import ControllerClient, ParentClient, controller_handlers, parent_handlers
+from baton.protos.convert import RAW, FromRouter, FromSource, FromTarget, FromWorker
 from baton.protos.rpc import Peer, Stream
 
 TOKEN = "secret"
@@ -30,6 +48,7 @@ class EchoWorker:
     def __init__(self) -> None:
         self.ended = asyncio.Event()
         self.check_delay = 0.0
+        self.role = "prefill"
 
     async def session(self, stream: Stream[FromRouter, FromWorker]) -> None:
         try:
@@ -50,6 +69,11 @@ class EchoWorker:
         await asyncio.sleep(self.check_delay)
         return CheckReport(ok=True, total_blocks=5)
 
+    async def turn(self, order: Turn) -> None:
+        if order.role == "cook":
+            raise InvalidRequest("no such role")
+        self.role = order.role
+
 
 class OneWorkerController:
     def __init__(self) -> None:
@@ -60,9 +84,41 @@ class OneWorkerController:
             raise StaleEpoch("there is a newer one")
         self.reported.append(status)
 
-    async def watch(self) -> AsyncIterator[Members]:
-        yield Members(1)
-        yield Members(2, tuple(self.reported))
+    async def attend(self, stream: Stream[FromGateway, FromController]) -> None:
+        assert isinstance(await stream.read(), GatewayHello)
+        await stream.write(Members(1, tuple(self.reported)))
+        while isinstance(message := await stream.read(), Traffic):
+            await stream.write(TraceQuestion(message.arrived, "r"))
+        assert isinstance(message, TraceAnswer)
+
+
+class NoteParent:
+    """Notes what it is told, and answers with it."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+        self.saved = b""
+
+    async def launch(self, order: Launch) -> None:
+        if order.kind == "cake":
+            raise InvalidRequest("no such kind of process")
+        self.told.append(order)
+
+    async def end(self, order: End) -> None:
+        self.told.append(order)
+
+    async def watch(self) -> AsyncIterator[Processes]:
+        yield Processes(1)
+        yield Processes(2, (ProcessStatus("decode-0", Phase.WAITING, last_lines=("killed",)),))
+
+    async def tail(self, question: LogQuestion) -> LogLines:
+        return LogLines(question.after + 2, (question.name, str(question.limit)))
+
+    async def save(self, data: bytes) -> None:
+        self.saved = data
+
+    async def load(self) -> bytes:
+        return self.saved
 
 
 @asynccontextmanager
@@ -110,7 +166,7 @@ async def test_a_caller_that_goes_away_ends_the_handler() -> None:
 
 async def test_malformed_bytes_end_the_call_with_a_typed_error() -> None:
     async with served(rpc.worker_handlers(EchoWorker())) as peer:
-        stream = peer._stream(rpc.SESSION, rpc.RAW, rpc.RAW)
+        stream = peer.stream(rpc.SESSION, RAW, RAW)
         await stream.write(b"\xff\xff")
         with pytest.raises(InvalidRequest, match="FromRouter"):
             await stream.read()
@@ -119,24 +175,64 @@ async def test_malformed_bytes_end_the_call_with_a_typed_error() -> None:
 @pytest.mark.parametrize("token", ["", "secre", "secret2"])
 async def test_calls_without_the_right_token_are_refused(token: str) -> None:
     worker = EchoWorker()
-    async with served(rpc.worker_handlers(worker), rpc.controller_handlers(OneWorkerController()), token=token) as peer:
+    handlers = rpc.worker_handlers(worker), controller_handlers(OneWorkerController()), parent_handlers(NoteParent())
+    async with served(*handlers, token=token) as peer:
         with pytest.raises(Unauthorized):
             await peer.check(5)
         with pytest.raises(Unauthorized):
             await peer.session().read()
         with pytest.raises(Unauthorized):
-            await anext(peer.watch())
+            await ControllerClient(peer).attend().read()
+        with pytest.raises(Unauthorized):
+            await anext(ParentClient(peer).watch())
         assert not worker.ended.is_set()
 
 
 async def test_controller_calls() -> None:
     controller = OneWorkerController()
-    status = WorkerStatus("w", "decode", "ready", "127.0.0.1:1", 2**63, 1.0)
-    async with served(rpc.controller_handlers(controller)) as peer:
-        await peer.report(status, 5)
-        assert [members async for members in peer.watch()] == [Members(1), Members(2, (status,))]
+    status = WorkerStatus("w", "decode", WorkerState.READY, "127.0.0.1:1", 2**63, 1.0)
+    async with served(controller_handlers(controller)) as peer:
+        client = ControllerClient(peer)
+        await client.report(status, 5)
         with pytest.raises(StaleEpoch):
-            await peer.report(WorkerStatus("stale", "decode", "ready"), 5)
+            await client.report(WorkerStatus("stale", "decode", WorkerState.READY), 5)
+        stream = client.attend()
+        await stream.write(GatewayHello("gateway-0", "http://127.0.0.1:8000", 3))
+        assert await stream.read() == Members(1, (status,))
+        await stream.write(Traffic(1.0, arrived=7))
+        assert await stream.read() == TraceQuestion(7, "r")
+        await stream.write(TraceAnswer(7, None))
+        assert await stream.read() is None
+
+
+async def test_parent_calls() -> None:
+    parent = NoteParent()
+    launch = Launch("decode-0", "worker", b"{}", 2, b"{}", "digest")
+    async with served(parent_handlers(parent)) as peer:
+        client = ParentClient(peer)
+        await client.launch(launch)
+        await client.end(End("decode-0", 5.0))
+        assert parent.told == [launch, End("decode-0", 5.0)]
+        with pytest.raises(InvalidRequest, match="no such kind"):
+            await client.launch(Launch("x", "cake", b"", 1, b"", ""))
+        known = [processes async for processes in client.watch()]
+        assert known == [
+            Processes(1),
+            Processes(2, (ProcessStatus("decode-0", Phase.WAITING, last_lines=("killed",)),)),
+        ]
+        assert await client.tail(LogQuestion("decode-0", 40, 10)) == LogLines(42, ("decode-0", "10"))
+        assert await client.load() == b""
+        await client.save(b"\x00state")
+        assert await client.load() == b"\x00state"
+
+
+async def test_a_worker_is_told_to_turn() -> None:
+    worker = EchoWorker()
+    async with served(rpc.worker_handlers(worker)) as peer:
+        await peer.turn(Turn("decode", 1.0))
+        assert worker.role == "decode"
+        with pytest.raises(InvalidRequest, match="no such role"):
+            await peer.turn(Turn("cook", 1.0))
 
 
 async def test_control_and_check() -> None:
