@@ -62,6 +62,12 @@ class Compute:
         return self.engine.max_model_len
 
     @property
+    def device(self) -> str:
+        """For people."""
+        device = self.engine.pool.flat.device
+        return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+    @property
     def num_blocks(self) -> int:
         return self.engine.num_blocks
 

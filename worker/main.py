@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -74,6 +74,8 @@ class Reporter:
         self._peer = Peer(config.controller, config.cluster_token) if config.controller else None
         self._status = WorkerStatus(config.name, config.role.value, WorkerState.STARTING, pid=os.getpid())
         self._changed = asyncio.Event()
+        self.look: Callable[[], Mapping[str, object]] = dict
+        """What is to be told anew each time, from the moment on at which there is a worker to look at."""
         self._told = False
         """The controller's silence has been logged."""
 
@@ -85,6 +87,7 @@ class Reporter:
         """Report for ever; a controller that is away is no reason to stop working."""
         while self._peer is not None:
             self._changed.clear()
+            self._status = replace(self._status, **self.look())  # type: ignore[arg-type]
             try:
                 await ControllerClient(self._peer).report(self._status, REPORT_TIMEOUT_S)
             except BatonError as error:
@@ -121,7 +124,11 @@ async def run(config: WorkerConfig) -> None:
         worker = Worker(config, engine, RealClock())
         await worker.start()
         thread.worker.set_result(worker)
-        reporter.set(state=WorkerState.READY, address=worker.ref.address, epoch=worker.ref.epoch, progress=1.0)
+        reporter.look = lambda: {"role": worker.role.value, "load": worker.load()}
+        reporter.set(
+            state=WorkerState.READY, address=worker.ref.address, epoch=worker.ref.epoch, progress=1.0,
+            device=engine.device,
+        )  # fmt: skip
         log.info("ready at %s, epoch %x, fingerprint %s", worker.ref.address, worker.ref.epoch, engine.fingerprint)
         if ranks is not None:  # while the engine was built, its thread noticed a loss by itself
             ranks.followers.lost.add_done_callback(lambda _: _post(events, stop.set))
