@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from baton.common.config import EngineConfig, HandoverConfig, RouterConfig, WorkerConfig, to_json
 from baton.common.cluster import Members, WorkerStatus
+from baton.common.config import EngineConfig, HandoverConfig, RouterConfig, WorkerConfig, to_json
 from baton.common.types import Request, Role, SamplingParams
 from baton.router.service import Router
 
