@@ -17,7 +17,7 @@ from ..cluster import gateway_config, worker_configs
 from ..control.controller import Controller, claim_port
 from ..display import make_display
 from ..launch.launcher import LocalLauncher, LogFiles
-from ..settings import ServeConfig, Setting, from_yaml, resolve
+from ..settings import ServeConfig, Setting, from_environment, from_yaml, resolve
 from .model import converter
 
 
@@ -46,8 +46,18 @@ def serve(
     tp: Annotated[int | None, typer.Option(help="Ranks that share each worker's model.", show_default="1")] = None,
     dummy_weights: Annotated[bool | None, typer.Option("--dummy-weights", help="Random weights, for timing.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder for one log file a process.")] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help="local: on this machine; ray: workers on a Ray cluster.", show_default="local"),
+    ] = None,
+    gateways: Annotated[int | None, typer.Option(help="HTTP doors, which share the port.", show_default="1")] = None,
+    name: Annotated[str | None, typer.Option(help="Of this cluster, for --cluster.", show_default="default")] = None,
+    admin_port: Annotated[int | None, typer.Option(help="Port of the operators' API.", show_default="any")] = None,
+    autoscale: Annotated[bool | None, typer.Option("--autoscale", help="Keep to the SLOs by turns and sizes.")] = None,
 ) -> None:
-    """Start controller, workers and gateway on this machine and serve until Ctrl-C.
+    """Start controller, gateways and workers and serve until Ctrl-C.
+
+    Flags go before variables (BATON_PORT, BATON_ENGINE__KV_MEMORY), and these before the file.
 
     Example: baton serve demo --prefill 1 --decode 2 --port 8123
     """
@@ -71,15 +81,20 @@ def serve(
         "engine.tp": tp,
         "engine.dummy_weights": dummy_weights,
         "log_dir": str(log_dir) if log_dir else None,
+        "launcher": launcher,
+        "gateways": gateways,
+        "name": name,
+        "admin_port": admin_port,
+        "autoscale.enabled": autoscale,
     }
-    settings = from_yaml(config) if config else []
+    settings = [*(from_yaml(config) if config else []), *from_environment(os.environ)]
     settings += [Setting(path, value, _flag(path)) for path, value in flags.items() if value is not None]
     _serve(resolve(settings))
 
 
 def _flag(path: str) -> str:
-    name = path.rpartition(".")[2].removesuffix("s" if path == "api_keys" else "")
-    return "MODEL" if path == "model" else "--" + name.replace("_", "-")
+    special = {"model": "MODEL", "api_keys": "--api-key", "autoscale.enabled": "--autoscale"}
+    return special.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
 def _serve(config: ServeConfig) -> None:
