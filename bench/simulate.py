@@ -10,7 +10,7 @@ reads a clock of its own. The same seed gives the same run, to the last event.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..common.config import RouterConfig
@@ -28,6 +28,10 @@ from .workload import Job
 
 ROUTER_TICK_S = 0.05
 DEADLINE_S = 86_400.0
+RECONNECT_S = 0.1
+"""After this time a router whose line to a worker broke has another."""
+EMPTY_S = 0.05
+"""How often it is looked whether a worker that leaves is empty."""
 QUIET_S = 2.0
 """Virtual time after the last answer in which everything has to come back."""
 
@@ -63,32 +67,87 @@ class Simulated:
 
 
 class Simulation:
-    """One fleet behind one router. `simulate` is its whole life."""
+    """One fleet behind one router; workers may join, turn and leave while it runs. `simulate` is the life of one that
+    stays as it is."""
 
     def __init__(self, shape: Shape, costs: Costs) -> None:
-        self._world = World()
-        self._costs = costs
+        self.world = World()
+        self.workers: dict[str, SimWorker] = {}
+        """All that ever joined."""
+        self.states: dict[RequestState, Sample] = {}
+        """All requests that were admitted."""
+        self._shape, self._costs = shape, costs
         # A simulated client waits for its turn; being turned away is the gateway's business.
         self._core = RouterCore(
             RouterConfig(max_requests=1 << 30, max_attempts=1 << 30, place_timeout_s=DEADLINE_S), ROUTER
         )
-        self._workers: dict[str, SimWorker] = {}
-        self._samples: dict[RequestState, Sample] = {}
+        self._leaving: set[str] = set()
         self._refused: list[Sample] = []
         self._open = 0  # requests that have not got their final word, those still to come included
+        for name, role in shape.members():
+            self.join(name, role)
+        self.world.every(ROUTER_TICK_S, self._tick)
+
+    # --- the fleet ---
+
+    def join(self, name: str, role: Role) -> None:
+        """A worker of this name, which is new, is there and has loaded."""
+        shape, costs, epoch = self._shape, self._costs, len(self.workers) + 1
         limits = Limits(
             vocab_size=VOCABULARY, eos_ids=frozenset(), max_model_len=shape.max_model_len,
             max_batch_tokens=shape.max_batch_tokens, max_running=shape.max_running, max_waiting=1 << 30,
         )  # fmt: skip
-        for epoch, (name, role) in enumerate(shape.members(), start=1):
-            info = sim_info(name, role, epoch, shape.num_blocks, shape.block_size, shape.max_model_len, costs)
-            self._workers[name] = SimWorker(self._world, costs, info, limits, self._workers, self._report)
-            self._core.worker_up(info, 0.0)
-        self._world.every(ROUTER_TICK_S, self._tick)
+        info = sim_info(name, role, epoch, shape.num_blocks, shape.block_size, shape.max_model_len, costs)
+        self.workers[name] = SimWorker(self.world, costs, info, limits, self.workers, self._report)
+        self._core.worker_up(info, self.world.now)
+
+    def turn(self, name: str, role: Role, done: Callable[[], None]) -> None:
+        """Give a worker another role as soon as what it has ran elsewhere or has ended. `done`: turned, or not in
+        time, and as it was."""
+        worker = self.workers[name]
+
+        def back() -> None:
+            self._leave(name, False)
+            self._core.worker_up(worker.info, self.world.now)
+            worker.joined()
+            done()
+
+        def turned(ok: bool) -> None:
+            if ok:
+                self._core.worker_lost(name, "it was turned", self.world.now)
+                self.world.at(self.world.now + RECONNECT_S, back)
+            else:
+                self._leave(name, False)
+                done()
+
+        self._leave(name, True)
+        worker.turn(role, turned)
+
+    def end(self, name: str, done: Callable[[], None]) -> None:
+        """Let a worker go as soon as it is empty."""
+        self._leave(name, True)
+
+        def look() -> None:
+            books = self.workers[name].loop.inspect()
+            if books.sequences or books.handovers or books.pinned_blocks:
+                self.world.at(self.world.now + EMPTY_S, look)
+                return
+            self.workers[name].end()
+            self._core.worker_lost(name, "it has ended", self.world.now)
+            self._leave(name, False)
+            done()
+
+        self.world.at(self.world.now + EMPTY_S, look)
+
+    def _leave(self, name: str, leaving: bool) -> None:
+        (self._leaving.add if leaving else self._leaving.discard)(name)
+        self._core.set_draining((), self._leaving)
+
+    # --- the requests ---
 
     def run(self, jobs: Sequence[Job], limit_s: float) -> Simulated:
         """Serve the jobs at their arrivals. Raises `TimeoutError` where that takes more virtual time than `limit_s`."""
-        world, self._open = self._world, len(jobs)
+        world, self._open = self.world, len(jobs)
         warm = 2 * self._costs.message_s  # the workers' first words have to arrive
         for number, job in enumerate(jobs):
             world.at(job.arrival + warm, lambda number=number, job=job: self._submit(number, job))  # type: ignore[misc]
@@ -96,41 +155,39 @@ class Simulation:
         wall = world.now - warm
         rest = world.now + QUIET_S
         world.run(lambda: world.now >= rest, rest + 1)
-        samples = sorted([*self._samples.values(), *self._refused], key=lambda sample: sample.start)
-        books = {name: worker.loop.inspect() for name, worker in self._workers.items()}
-        outputs = {state.request.request_id: state.output for state in self._samples}
+        samples = sorted([*self.states.values(), *self._refused], key=lambda sample: sample.start)
+        books = {name: worker.loop.inspect() for name, worker in self.workers.items()}
+        outputs = {state.request.request_id: state.output for state in self.states}
         return Simulated(Run(samples, wall), outputs, books, self._core.snapshot())
 
     def _submit(self, number: int, job: Job) -> None:
         assert not isinstance(job.prompt, str), "the simulator has no tokenizer"
         params = SamplingParams(max_tokens=job.output_len, temperature=0.0, ignore_eos=True)
         request = Request(f"r{number}", job.prompt, len(job.prompt), params, deadline_s=DEADLINE_S)
-        sample = Sample(start=self._world.now, prompt_tokens=len(job.prompt))
+        sample = Sample(start=self.world.now, prompt_tokens=len(job.prompt))
         try:
-            self._samples[self._core.submit(request, self._world.now)] = sample
+            self.states[self._core.submit(request, self.world.now)] = sample
         except BatonError as error:
-            sample.end, sample.error = self._world.now, error.code
+            sample.end, sample.error = self.world.now, error.code
             self._refused.append(sample)
             self._open -= 1
         self._pump()
 
     def _report(self, name: str, report: StepReport) -> None:
-        self._core.on_report(name, report, self._world.now)
+        self._core.on_report(name, report, self.world.now)
         self._pump()
 
     def _tick(self) -> None:
-        self._core.tick(self._world.now)
+        self._core.tick(self.world.now)
         self._pump()
 
     def _pump(self) -> None:
         """Do what the router core asks for."""
         effects = self._core.drain()
-        now = self._world.now
         for name, message in effects.sends:
-            worker = self._workers[name]
-            self._world.at(now + self._costs.message_s, lambda w=worker, m=message: w.receive(m))  # type: ignore[misc]
+            self.workers[name].send(message)
         for state in effects.news:
-            self._read(state, self._samples[state], now)
+            self._read(state, self.states[state], self.world.now)
 
     def _read(self, state: RequestState, sample: Sample, now: float) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -14,11 +14,24 @@ from ..common.config import HandoverConfig
 from ..common.errors import BatonError
 from ..common.hashing import BlockHasher, cluster_key
 from ..common.kv_format import KvFormat
-from ..common.messages import Endpoint, Filled, Renew, RouterMessage, Spoiled, StepReport
+from ..common.messages import Endpoint, Filled, Load, Renew, RouterMessage, Spoiled, StepReport
 from ..common.types import Role, WorkerInfo, WorkerRef
 from ..engine.block_table import BlockTable
 from ..engine.loop import EngineLoop
-from ..engine.mailbox import FromRouter, FromSource, FromTarget, Inbox, InboxItem, Mail, Outbox, RouterJoined
+from ..engine.mailbox import (
+    FromRouter,
+    FromSource,
+    FromTarget,
+    Inbox,
+    InboxItem,
+    Mail,
+    Outbox,
+    Recast,
+    RouterGone,
+    RouterJoined,
+    SourceGone,
+    TargetGone,
+)
 from ..engine.plan import OnLayer, Sampled, StepPlan
 from ..engine.role import Context, Limits
 from ..kvtransfer import wire
@@ -33,6 +46,8 @@ LAYERS = 4
 """Enough to see layers leave while later ones compute."""
 IDLE_S = 0.05
 BEAT_S = 0.5
+TURN_WITHIN_S = 60.0
+"""How long a worker that is to be turned may take to be without requests."""
 VOCABULARY = 50_000
 
 
@@ -224,7 +239,8 @@ class _Outlet:
 
 
 class SimWorker:
-    """One worker in virtual time. `tell_router` takes its reports, at the moment at which they arrive there."""
+    """One worker in virtual time. `tell_router` takes its reports, at the moment at which they arrive there. `session`
+    counts its lines to the router: what is on its way when one breaks is lost."""
 
     def __init__(
         self, world: World, costs: Costs, info: WorkerInfo, limits: Limits, peers: dict[str, SimWorker],
@@ -243,9 +259,12 @@ class SimWorker:
         context = Context(
             endpoint=self.endpoint, table=table, outbox=Outbox(), limits=limits, handover=HandoverConfig()
         )
+        self.session = 0
+        self._ended = False
         self._inlet = RankInlet(self.store, self.clock, self.post)
         self._outlet = _Outlet(self)
-        roles = Cast(context, self._inlet, self._outlet).play(info.role)
+        self._cast = Cast(context, self._inlet, self._outlet)
+        roles = self._cast.play(info.role)
         self.loop = EngineLoop(context, roles, _Runner(self.clock, costs), self._inbox, self.clock, self._deliver)
         self.post(RouterJoined(ROUTER))
         world.at(world.now, self._round)
@@ -253,16 +272,50 @@ class SimWorker:
 
     def post(self, item: InboxItem | Filled | Spoiled) -> None:
         """Something has arrived. A worker that sleeps wakes up; one that computes sees it after its step."""
+        if self._ended:
+            return
         self._inbox.post(item)
         if self._asleep:
             self._asleep = False
             self._schedule(0.0)
 
-    def receive(self, message: RouterMessage) -> None:
-        self.post(FromRouter(ROUTER, message))
+    def send(self, message: RouterMessage) -> None:
+        """A message of the router's sets out for here."""
+        self._later(lambda: self.post(FromRouter(ROUTER, message)))
+
+    def turn(self, role: Role, done: Callable[[bool], None]) -> None:
+        """Change the role at the first moment at which nothing is held; `done` is told whether there was one soon. The
+        line to the router is broken then; `joined` is how it comes back."""
+
+        def reply(turned: bool) -> None:
+            if turned:
+                self.info = replace(self.info, role=role)
+                self.session += 1
+                self.post(RouterGone(ROUTER))
+            done(turned)
+
+        self._later(lambda: self.post(Recast(lambda: self._cast.play(role), TURN_WITHIN_S, reply)))
+
+    def joined(self) -> None:
+        """The router's line stands again."""
+        self.post(RouterJoined(ROUTER))
+
+    def end(self) -> None:
+        """The process is gone, and all others notice."""
+        self._ended = True
+        self.session += 1
+        for peer in self.peers.values():
+            peer.post(TargetGone(self.info.ref))
+            peer.post(SourceGone(self.info.ref))
+
+    @property
+    def load(self) -> Load:
+        return self.loop.load()
 
     def take(self, source: WorkerRef, header: wire.FrameHeader) -> None:
         """A frame of KV has arrived."""
+        if self._ended:
+            return
         try:
             self._inlet.receive((source.name, source.epoch), 0, header, _Taker())
         except BatonError:  # for a handover that is over: the source learns from the control messages
@@ -275,17 +328,28 @@ class SimWorker:
 
     def _round(self) -> None:
         """One round of the loop. It happens in no time; what it costs, the worker then is not to be had."""
+        if self._ended:
+            return
         self.clock.ahead, self._asleep = 0.0, False
         computed = self.loop.step()
         cost, self.clock.ahead = self.clock.ahead, 0.0
         self._schedule(cost if computed else IDLE_S)
         self._asleep = not computed
 
+    def _later(self, event: Callable[[], None]) -> None:
+        """After the wire's delay, if the line to the router is the same then. Called inside a step, its time counts."""
+        session = self.session
+        arrival = self.clock.now() + self.costs.message_s
+        self.world.at(arrival, lambda: event() if session == self.session else None)
+
+    def _report(self, report: StepReport) -> None:
+        self._later(lambda: self._tell_router(self.info.ref.name, report))
+
     def _deliver(self, mail: Mail) -> None:
         """Called inside a step: what is said now arrives after the wire's delay."""
-        arrival, ref = self.clock.now() + self.costs.message_s, self.info.ref
+        arrival = self.clock.now() + self.costs.message_s
         for report in mail.reports.values():
-            self.world.at(arrival, lambda report=report: self._tell_router(ref.name, report))  # type: ignore[misc]
+            self._report(report)
         for target, to_target in mail.to_targets:
             self._send(arrival, target, FromSource(self.endpoint, to_target))
         for source, to_source in mail.to_sources:
@@ -296,9 +360,10 @@ class SimWorker:
 
     def _beat(self) -> None:
         """What a worker's lines say in between: its load to the router, and that its handovers live."""
+        if self._ended:
+            return
         arrival = self.world.now + self.costs.message_s
-        report = StepReport(load=self.loop.load())
-        self.world.at(arrival, lambda: self._tell_router(self.info.ref.name, report))
+        self._report(StepReport(load=self.load))
         by_target: dict[WorkerRef, list[int]] = {}
         for handover_id, target in self._outlet.targets.items():
             by_target.setdefault(target, []).append(handover_id)
