@@ -119,16 +119,21 @@ class GatewayConfig:
     model: str
     """Folder of the model: config.json, tokenizer.json, chat template."""
     model_name: str
+    name: str = "gateway"
+    """Of this process, among the cluster's."""
     host: str = "127.0.0.1"
     port: int = 8000
+    reuse_port: bool = False
+    """Share the port with other gateways of this machine; the kernel spreads connections over them (SO_REUSEPORT)."""
+    own_port: int = 0
+    """A second port, of this gateway alone: for probes, and for Prometheus, which on a shared port meets any of them.
+    0: none."""
     api_keys: tuple[str, ...] = ()
     controller: str = ""
     cluster_token: str = ""
     router: RouterConfig = field(default_factory=RouterConfig)
     block_size: int = 16
     max_model_len: int = 0
-    name: str = ""
-    """Of this process among the cluster's gateways: `gateway-0`."""
     request_timeout_s: float = 600.0
     max_body_bytes: int = 8 << 20
     max_stream_backlog: int = 4096

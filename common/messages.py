@@ -99,9 +99,11 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """The target acknowledged the commit: from here on it alone holds the request."""
+    """The target acknowledged the commit: from here on it alone holds the request. `exposed_s`: seconds from the last
+    token that was computed here to the acknowledgement, the part of the handover that does not hide behind compute."""
 
     ticket: int
+    exposed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,8 +190,8 @@ class Outbox:
     def started(self, key: SequenceKey, cached_tokens: int) -> None:
         self._report(key[0]).started.append(Started(key[1], cached_tokens))
 
-    def handed_over(self, key: SequenceKey) -> None:
-        self._report(key[0]).handed_over.append(HandedOver(key[1]))
+    def handed_over(self, key: SequenceKey, exposed_s: float = 0.0) -> None:
+        self._report(key[0]).handed_over.append(HandedOver(key[1], exposed_s))
 
     def finished(self, key: SequenceKey, reason: FinishReason) -> None:
         self._report(key[0]).finished.append(Finished(key[1], reason))

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 import time
-import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,16 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..common.errors import BatonError, Unauthorized
 from .errors import error_body, error_headers
+from .ids import request_id
 from .service import Caller
 
 _OPEN = frozenset(("/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json"))
 """What probes and scrapers read, and what the API looks like: needs no key."""
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 class Door:
     """Wraps the application. It leaves a `Caller` in the scope's state, under "caller", and answers every request with
-    its `x-request-id`: the client's own, if that is short and plain."""
+    its `x-request-id`."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
@@ -39,12 +37,11 @@ class Door:
             return
         received = time.perf_counter()
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        name = request_id(headers.get("x-request-id", ""))
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message)["x-request-id"] = name
             await send(message)
 
         try:
@@ -52,7 +49,7 @@ class Door:
         except Unauthorized as error:
             await error_response(error)(scope, receive, send_named)
             return
-        scope.setdefault("state", {})["caller"] = Caller(request_id, tenant, received)
+        scope.setdefault("state", {})["caller"] = Caller(name, tenant, received)
         await self._app(scope, receive, send_named)
 
     def _tenant(self, authorization: str) -> str:

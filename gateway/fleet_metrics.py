@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..common.cluster import WorkerState
 from ..common.messages import Load
 from ..router.stats import Snapshot, Stats, WorkerSnapshot
 
@@ -28,6 +29,11 @@ _WORKER_COUNTERS: tuple[tuple[str, str, Callable[[Load], float]], ...] = (
     ("baton_handover_bytes", "KV bytes handed over.", lambda load: load.handover_bytes),
     ("baton_handover_seconds", "From reservation to commit, of all handovers.", lambda load: load.handover_seconds),
     (
+        "baton_handover_exposed_seconds",
+        "The part of it that does not hide behind compute: from the first token to the commit.",
+        lambda load: load.handover_exposed_seconds,
+    ),
+    (
         "baton_handover_skipped_blocks",
         "KV blocks not sent because the target had them.",
         lambda load: load.handover_skipped_blocks,
@@ -39,14 +45,17 @@ _BLOCK_STATES: tuple[tuple[str, Callable[[Load], int]], ...] = (
     ("cached", lambda load: load.cached_blocks),
     ("reserved", lambda load: load.reserved_blocks),
 )
+_WORKER_STATES = (*WorkerState, "stalled", "unreachable")
+"""stalled: its engine loop hangs; unreachable: it says that it serves, but no session with it stands."""
 _LABELS = ("worker", "role")
 
 
 class FleetNumbers(Collector):
-    """Collects from `snapshot` each time it is asked."""
+    """Collects from `snapshot` and `oldest_wait_s`, both the router's, each time it is asked."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], oldest_wait_s: Callable[[], float]) -> None:
         self._snapshot = snapshot
+        self._oldest_wait_s = oldest_wait_s
 
     def describe(self) -> list[Metric]:
         """Nothing: the registry would otherwise collect once at the start, to see the names."""
@@ -54,13 +63,28 @@ class FleetNumbers(Collector):
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._snapshot()
+        yield _members(snapshot)
         yield from _of_workers(snapshot.workers)
         yield from _of_router(snapshot.stats)
         states = GaugeMetricFamily("baton_router_requests", "Requests in the router.", labels=["state"])
         states.add_metric(["running"], snapshot.running)
         states.add_metric(["waiting"], snapshot.waiting)
         yield states
+        yield GaugeMetricFamily(
+            "baton_router_oldest_wait_seconds",
+            "Age of the oldest request that has no token yet: grows where requests queue.",
+            value=self._oldest_wait_s(),
+        )
         yield GaugeMetricFamily("baton_prefix_index_entries", "(hash, worker) pairs.", value=snapshot.index_entries)
+
+
+def _members(snapshot: Snapshot) -> Metric:
+    """A role that is there has a row for each state, also where it is 0: what is not there raises no alarm."""
+    gauge = GaugeMetricFamily("baton_workers", "Workers, as this gateway sees them.", labels=["role", "state"])
+    for role in sorted({role for role, _ in snapshot.members}):
+        for state in _WORKER_STATES:
+            gauge.add_metric([role, state], snapshot.members.get((role, state), 0))
+    return gauge
 
 
 def _of_workers(workers: tuple[WorkerSnapshot, ...]) -> Iterator[Metric]:
@@ -75,14 +99,23 @@ def _of_workers(workers: tuple[WorkerSnapshot, ...]) -> Iterator[Metric]:
             counter.add_metric([worker.name, worker.role], value(worker.load))
         yield counter
     blocks = GaugeMetricFamily("baton_kv_blocks", "KV blocks of the worker's pool.", labels=(*_LABELS, "state"))
+    used = GaugeMetricFamily(
+        "baton_kv_used_ratio", "Share of the KV blocks that requests hold; what is only cached is free.", labels=_LABELS
+    )
     aborts = CounterMetricFamily("baton_handover_aborts", "Handovers aborted.", labels=(*_LABELS, "reason"))
     for worker in workers:
         for state, count in _BLOCK_STATES:
             blocks.add_metric([worker.name, worker.role, state], count(worker.load))
+        used.add_metric([worker.name, worker.role], _used(worker.load))
         for reason, number in worker.load.handover_aborts:
             aborts.add_metric([worker.name, worker.role, reason], number)
     yield blocks
+    yield used
     yield aborts
+
+
+def _used(load: Load) -> float:
+    return 1.0 - (load.free_blocks + load.cached_blocks) / load.total_blocks if load.total_blocks else 0.0
 
 
 def _of_router(stats: Stats) -> Iterator[Metric]:

@@ -14,6 +14,7 @@ from ..common.errors import BatonError
 from ..common.types import FinishReason, Request, SamplingParams, Timeline, Usage
 from ..router.request import Finish
 from .choice import Choice, Shown
+from .ids import choice_id
 from .metrics import Metrics
 from .ports import RequestStream, Router
 from .tokenizer import Tokenizer
@@ -102,9 +103,8 @@ class Generation:
             self._begun[prompt].set()
 
     def _request(self, choice: Choice) -> Request:
-        suffix = f"-{choice.index}" if len(self.choices) > 1 else ""
         return Request(
-            request_id=self.job.request_id + suffix,
+            request_id=choice_id(self.job.request_id, choice.index, len(self.choices)),
             tokens=choice.prompt,
             prompt_len=len(choice.prompt),
             params=choice.params,

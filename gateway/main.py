@@ -13,11 +13,12 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from ..common.cluster import GatewayHello
 from ..common.config import GatewayConfig
 from ..common.errors import BatonError
-from ..router.links import watch_members
 from ..router.service import Router
 from .app import build
+from .attendance import attend
 from .fleet_metrics import FleetNumbers
 from .metrics import Metrics
 from .model import Model
@@ -41,9 +42,11 @@ async def run(config: GatewayConfig) -> None:
     """Serve until SIGTERM or SIGINT; then refuse what is new, let running streams finish for `drain_s`, and return.
     Raises `BatonError` where the model's folder or the address does not allow to begin."""
     model = Model.load(config)
-    router = Router(f"gateway-{secrets.token_hex(4)}", config.router, config.cluster_token)
-    service = Service(config, model, router, Metrics(FleetNumbers(router.snapshot)))
-    listener = _listen(config.host, config.port)
+    router = Router(config.name, config.router, config.cluster_token)
+    service = Service(config, model, router, Metrics(config.name, FleetNumbers(router.snapshot, router.oldest_wait_s)))
+    listeners = [_listen(config.host, config.port, shared=config.reuse_port)]
+    if config.own_port:
+        listeners.append(_listen(config.host, config.own_port))
     server = _Server(
         uvicorn.Config(
             build(service),
@@ -61,13 +64,16 @@ async def run(config: GatewayConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     gc.freeze()  # the vocabulary's tables live for ever: collections need not walk them while tokens wait
-    await router.start(watch_members(config.controller, config.cluster_token))
-    log.info("serving %s on http://%s:%d", model.name, *listener.getsockname()[:2])
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    hello = GatewayHello(config.name, _url(listeners[0]), secrets.randbits(63))
+    await router.start(attend(config.controller, config.cluster_token, hello, router))
+    log.info("serving %s on %s", model.name, " and ".join(map(_url, listeners)))
+    serving = asyncio.create_task(server.serve(sockets=listeners))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         log.info("draining: no new requests, %.0f s for those that run", config.drain_s)
+        if config.reuse_port and server.started:
+            server.servers[0].close()  # new connections go to the other gateways
         await service.drain()
     finally:
         stopping.cancel()
@@ -78,11 +84,17 @@ async def run(config: GatewayConfig) -> None:
     log.info("stopped")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Raises `BatonError` if the address cannot be had."""
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """`shared`: other processes of this user may listen there as well. Raises `BatonError` if the address cannot be
+    had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048, reuse_port=shared)
     except OSError as error:
         raise BatonError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; elsewhere the request's own deadline is the bound

@@ -9,9 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Info, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -43,9 +44,9 @@ class Histogram:
 
 
 class Metrics:
-    """The gateway's own numbers. `extra` adds what the router tells."""
+    """The numbers of the gateway `name`. `extra` adds what the router tells."""
 
-    def __init__(self, extra: Collector) -> None:
+    def __init__(self, name: str, extra: Collector) -> None:
         self.ttft = Histogram("baton_time_to_first_token_seconds", "From a request's arrival to its first token.")
         self.itl = Histogram("baton_inter_token_latency_seconds", "Between two tokens of one stream, at the gateway.")
         self.e2e = Histogram("baton_request_seconds", "From a request's arrival to its last token.")
@@ -56,6 +57,9 @@ class Metrics:
         self.output_tokens = self._counter("baton_output_tokens", "Output tokens that reached the gateway.")
         self.requests = Counter(
             "baton_requests", "HTTP requests for text, by how they ended.", ["outcome"], registry=self.registry
+        )
+        Info("baton_gateway", "Which gateway answers here: several may share a port.", registry=self.registry).info(
+            {"name": name, "version": version("baton")}
         )
         self.registry.register(_Histograms((self.ttft, self.itl, self.e2e, self.queue_wait)))
         self.registry.register(extra)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from ..common.errors import InvalidRequest, NotReady, PromptTooLong, UnknownMode
 from ..common.types import SamplingParams
 from .formats import ChatFormat, CompletionFormat, Envelope, Format
 from .generation import Generation, Job, Prompt
+from .ids import answer_id
 from .metrics import Metrics
 from .model import Model
 from .ports import Router
@@ -158,7 +158,7 @@ class Service:
             timeout_s=self.config.request_timeout_s,
         )
         envelope = Envelope(
-            id=f"{prefix}-{uuid.uuid4().hex}",
+            id=answer_id(prefix, caller.request_id),
             created=int(time.time()),
             model=self.model.name,
             spell=self.model.tokenizer.token_bytes,

@@ -136,7 +136,7 @@ class PrefillRole:
         stats.handovers += 1
         stats.handover_seconds += now - outgoing.opened
         stats.handover_exposed_seconds += now - outgoing.computed
-        self._context.outbox.handed_over(sequence.key)
+        self._context.outbox.handed_over(sequence.key, now - outgoing.computed)
         log.info(
             "handed %d tokens over to %s by %s, %d blocks of them were there; %.0f ms after the first token",
             *(len(sequence.request.tokens), outgoing.target.name, outgoing.transport, outgoing.state.skip),

@@ -87,7 +87,7 @@ def _report_to_wire(report: StepReport) -> Any:
         positions=[t.position for t in tokens],
         tokens=[t.token for t in tokens],
         started=[pb.Event(ticket=e.ticket, cached_tokens=e.cached_tokens) for e in report.started],
-        handed_over=[e.ticket for e in report.handed_over],
+        handed_over=[pb.Event(ticket=e.ticket, exposed_s=e.exposed_s) for e in report.handed_over],
         finished=[pb.Event(ticket=e.ticket, reason=e.reason.value) for e in report.finished],
         failed=[pb.Event(ticket=e.ticket, code=e.code, message=e.message) for e in report.failed],
         kv=[kv_to_wire(e) for e in report.kv],
@@ -118,7 +118,7 @@ def _report_from_wire(message: Any) -> StepReport:
     return StepReport(
         tokens=_tokens_from_wire(message),
         started=tuple(Started(e.ticket, e.cached_tokens) for e in message.started),
-        handed_over=tuple(map(HandedOver, message.handed_over)),
+        handed_over=tuple(HandedOver(e.ticket, e.exposed_s) for e in message.handed_over),
         finished=tuple(Finished(e.ticket, FinishReason(e.reason)) for e in message.finished),
         failed=tuple(Failed(e.ticket, e.code, e.message) for e in message.failed),
         kv=tuple(map(kv_from_wire, message.kv)),

@@ -83,7 +83,7 @@ class RouterCore:
             self.stats.failed[error.code] += 1
             raise
         state = RequestState(request, received=now, deadline=now + request.deadline_s)
-        self.stats.submitted += 1
+        self.stats.arrived(request.prompt_len)
         self._requests[state] = None
         self._wait(state, now)
         self._place(state, now)
@@ -136,8 +136,8 @@ class RouterCore:
                 self.stats.resyncs += 1
                 self._effects.sends.append((name, Resync()))
         for started in report.started:
-            if state := self._tickets.get(started.ticket):
-                state.started(started.cached_tokens, now)
+            if (state := self._tickets.get(started.ticket)) and state.started(started.cached_tokens, now):
+                self.stats.started(now - state.received, started.cached_tokens)
         self._take_tokens(name, report.tokens, now)
         for handed in report.handed_over:
             if (state := self._tickets.get(handed.ticket)) and state.attempt:
@@ -145,6 +145,7 @@ class RouterCore:
                     self._moved(state, state.attempt, now)
                 else:
                     self._handed_over(state, state.attempt, now)
+                    state.story.handed_over(state.attempt.decoder, handed.exposed_s, now)
         for stayed in report.stayed:
             if (state := self._tickets.get(stayed.ticket)) and state.attempt and name == state.attempt.decoder:
                 self.stats.moves["stayed"] += 1
@@ -201,6 +202,7 @@ class RouterCore:
             waiting=len(self._waiting),
             index_entries=len(self._placement.index),
             stats=self.stats,
+            oldest=next((state.received for state in self._requests if state.first_token is None), None),
         )
 
     # --- progress ---
@@ -225,6 +227,7 @@ class RouterCore:
             state.output.append(token.token)
             state.fresh.append(token)
             state.last_token = now
+            self.stats.output_tokens += 1
             if not state.touched:
                 state.touched = True
                 news.append(state)
@@ -237,8 +240,8 @@ class RouterCore:
         """The first token of an attempt is here."""
         self._fleet.begun(attempt)
         state.fingerprint = state.fingerprint or self._fleet.workers[name].info.fingerprint
-        if state.first_token is None:
-            state.first_token = now
+        if state.begun(name, now):
+            self.stats.ttft_s.add(now - state.received)
         if name == attempt.decode:
             self._handed_over(state, attempt, now)
 
@@ -251,8 +254,9 @@ class RouterCore:
     def _moved(self, state: RequestState, attempt: Attempt, now: float) -> None:
         """The worker that it was moved from has said all that it had to say."""
         self.stats.moves["moved"] += 1
-        early, attempt.early = attempt.early, []
+        early, attempt.early, left = attempt.early, [], attempt.decoder
         if target := moves.arrived(self._fleet, attempt):
+            state.story.decodes(target.name, now, f"moved from {left}")
             self._take_tokens(target.name, early, now)
         else:
             gone = WorkerLost("the worker that it was moved to is gone")
@@ -314,6 +318,7 @@ class RouterCore:
 
     def _wait(self, state: RequestState, now: float) -> None:
         self._waiting[state] = Waiting(since=now, next_try=now)
+        state.story.waits(now)
 
     def _place(self, state: RequestState, now: float) -> bool:
         """Send a waiting request to the best pair. False: nobody has room, and it waits on, or its time is up."""
@@ -346,11 +351,8 @@ class RouterCore:
         self._next_ticket += 1
         self._fleet.charge(attempt)
         self._tickets[attempt.ticket] = state
-        state.attempt = attempt
-        state.attempts += 1
+        state.placed(attempt, choice.reason, now)
         state.ceiling = min(choice.prefill.longest, decoder.longest)
-        if state.routed is None:
-            state.routed = now
         self.stats.decisions[choice.reason] += 1
         self.stats.prefix_hit_tokens += choice.cached
         self.stats.routed_tokens += state.position
@@ -389,7 +391,8 @@ class RouterCore:
         self._ended(state)
 
     def _ended(self, state: RequestState) -> None:
-        self.stats.output_tokens += len(state.output)
+        if (pace := state.pace) is not None:
+            self.stats.tpot_s.add(pace)
         self._waiting.pop(state, None)
         del self._requests[state]
         if not state.touched:

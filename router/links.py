@@ -1,19 +1,16 @@
-"""The wire under the core: one gRPC session with each worker, and the membership that says which workers there are."""
+"""The wire under the core: one gRPC session with each worker."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..common.cluster import GatewayHello, Members
 from ..common.errors import BatonError, StaleEpoch, WorkerLost
 from ..common.messages import Hello, Ping, RouterMessage, StepReport
 from ..common.types import WorkerInfo, WorkerRef
-from ..protos.control import ControllerClient
 from ..protos.convert import FromRouter, FromWorker
 from ..protos.rpc import CalledStream, Peer
 
@@ -185,20 +182,3 @@ def _why(session: asyncio.Task[None]) -> str:
     if not isinstance(error, BatonError):  # a mistake of ours: say so, and treat the worker as lost
         log.error("a session failed in our own code", exc_info=error)
     return str(error)
-
-
-async def watch_members(address: str, cluster_token: str) -> AsyncIterator[Members]:
-    """The controller's membership, now and at each change, for ever: while the controller is away nothing changes."""
-    while True:
-        peer = Peer(address, cluster_token)
-        try:
-            stream = ControllerClient(peer).attend()
-            await stream.write(GatewayHello("", "", 0))
-            while (message := await stream.read()) is not None:
-                if isinstance(message, Members):
-                    yield message
-        except BatonError as error:
-            log.warning("no membership from the controller at %s: %s", address, error)
-        finally:
-            await peer.close()
-        await asyncio.sleep(MAX_RETRY_S)

@@ -9,6 +9,7 @@ from ..common.hashing import BlockHash, BlockHasher
 from ..common.messages import TokenOut
 from ..common.types import FinishReason, Request, Timeline, Usage
 from .fleet import Attempt
+from .story import Story
 
 MAX_BACKLOG = 65_536
 """Tokens that may lie here unread, whatever the consumer allows itself."""
@@ -75,6 +76,7 @@ class RequestState:
     last_token: float | None = None
     outcome: Finish | BatonError | None = None
     touched: bool = False
+    story: Story = field(default_factory=Story)
     chains: dict[int, list[BlockHash]] = field(default_factory=dict)
     """Block hashes by block size, of prompt and output as they were at the last placement."""
 
@@ -103,12 +105,38 @@ class RequestState:
             chain = self.chains[hasher.block_size] = hasher.chain(tokens, self.request.tenant)
         return chain
 
-    def started(self, cached_tokens: int, now: float) -> None:
-        """A worker has taken it."""
+    @property
+    def pace(self) -> float | None:
+        """Mean seconds between its tokens; None where there are fewer than two."""
+        if self.first_token is None or self.last_token is None or len(self.output) < 2:
+            return None
+        return (self.last_token - self.first_token) / (len(self.output) - 1)
+
+    def placed(self, attempt: Attempt, reason: str, now: float) -> None:
+        """It was sent to a pair of workers."""
+        self.attempt = attempt
+        self.attempts += 1
+        self.story.placed(attempt.prefill, reason, now)
+        if self.routed is None:
+            self.routed = now
+
+    def started(self, cached_tokens: int, now: float) -> bool:
+        """A worker has taken it. Returns whether it is the first."""
         self.waited_s = 0.0
-        if self.prefill_start is None:
-            self.prefill_start = now
-            self.cached_tokens = cached_tokens
+        self.story.prefills(cached_tokens, now)
+        if self.prefill_start is not None:
+            return False
+        self.prefill_start, self.cached_tokens = now, cached_tokens
+        return True
+
+    def begun(self, worker: str, now: float) -> bool:
+        """The first token of an attempt came from `worker`. Returns whether it is the request's first."""
+        if self.attempt is not None and worker == self.attempt.decoder:
+            self.story.decodes(worker, now)
+        if self.first_token is not None:
+            return False
+        self.first_token = now
+        return True
 
     def take(self) -> Batch:
         """What has arrived since the last call. Raises the request's error once all tokens before it are taken."""

@@ -34,6 +34,7 @@ def note(state: RequestState, error: BatonError, worker: str, now: float) -> Non
         state.refusals += 1
     state.losses += isinstance(error, WorkerLost | EngineFailure)
     state.excluded[worker] = now + pause
+    state.story.fails(worker, error.code, now)
 
 
 def suspect(state: RequestState, config: RouterConfig) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
 
 from ..common.clock import Clock, RealClock
-from ..common.cluster import Members, WorkerStatus
+from ..common.cluster import Members, Trace, Traffic, WorkerState, WorkerStatus
 from ..common.config import RouterConfig
 from ..common.messages import StepReport
 from ..common.types import Request, WorkerInfo, WorkerRef
@@ -16,6 +19,8 @@ from .core import RouterCore
 from .links import Caller, Link
 from .request import Batch, RequestState
 from .stats import Limits, Snapshot
+from .traces import Traces
+from .traffic import Meter
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +73,14 @@ class Router:
         self._caller = Caller(name, secrets.randbits(63), cluster_token, config.heartbeat_s)
         self._links: dict[str, Link] = {}
         self._streams: dict[RequestState, RequestStream] = {}
+        self._traces = Traces(name, self._streams.keys())
+        self._meter = Meter(self._clock.now())
         self._members: Members | None = None
         self._was_ready = False
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, members: AsyncIterator[Members]) -> None:
-        """Begin to follow the membership (`links.watch_members` gives the controller's). When it ends, the last one
-        holds."""
+    async def start(self, members: AsyncGenerator[Members, None]) -> None:
+        """Begin to follow the membership. When it ends, the last one holds."""
         self._tasks = [
             asyncio.create_task(self._follow(members), name="membership"),
             asyncio.create_task(self._tick(), name="router tick"),
@@ -127,7 +133,25 @@ class Router:
 
     def snapshot(self) -> Snapshot:
         """For metrics and people."""
-        return self._core.snapshot()
+        snapshot = self._core.snapshot()
+        linked = {worker.name: (str(worker.role), worker.state) for worker in snapshot.workers}
+        named = {w.name: (w.role, _unlinked(w.state)) for w in self._members.workers} if self._members else {}
+        return replace(snapshot, members=Counter((named | linked).values()))
+
+    def oldest_wait_s(self) -> float:
+        """Age of the oldest request that has no token yet; 0 where there is none."""
+        oldest = self._core.snapshot().oldest
+        return 0.0 if oldest is None else self._clock.now() - oldest
+
+    def traffic(self) -> Traffic:
+        """What was seen since this was asked last."""
+        return self._meter.take(self._core.snapshot(), self._clock.now())
+
+    def trace(self, request_id: str) -> Trace | None:
+        """What happened to a request that runs, or to one of the last that ended; None where it is not (any more)
+        known. An empty id: the slowest."""
+        now = self._clock.now()
+        return self._traces.find(request_id, now) if request_id else self._traces.slowest(now)
 
     # --- what the links tell ---
 
@@ -155,6 +179,8 @@ class Router:
             if link := self._links.get(name):
                 link.send(message)
         for state in effects.news:
+            if state.outcome is not None:
+                self._traces.ended(state, self._clock.now())
             # A request that fails in its own submit has no stream yet: `next` finds the outcome without being woken.
             if stream := self._streams.get(state):
                 stream.wake()
@@ -167,10 +193,11 @@ class Router:
             self._core.tick(self._clock.now())
             self._flush()
 
-    async def _follow(self, membership: AsyncIterator[Members]) -> None:
-        async for members in membership:
-            self._members = members
-            await self._relink(members)
+    async def _follow(self, membership: AsyncGenerator[Members, None]) -> None:
+        async with aclosing(membership):
+            async for members in membership:
+                self._members = members
+                await self._relink(members)
 
     async def _relink(self, members: Members) -> None:
         reachable = {w.name: w for w in members.workers if w.address and w.state in ("ready", "draining", "leaving")}
@@ -190,6 +217,11 @@ class Router:
                 self._links[name] = Link(ref, self._caller, self)
         by_state = {s: [n for n, worker in reachable.items() if worker.state == s] for s in ("draining", "leaving")}
         self._core.set_draining(by_state["draining"], by_state["leaving"])
+
+
+def _unlinked(state: WorkerState) -> str:
+    """The state of a worker with which no session stands, though it may say that it is ready."""
+    return "unreachable" if state in (WorkerState.READY, WorkerState.DRAINING, WorkerState.LEAVING) else state
 
 
 def _in_words(worker: WorkerStatus) -> str:

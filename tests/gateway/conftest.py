@@ -213,7 +213,7 @@ def make_gateway(model_dir: Path) -> MakeGateway:
     def make(**changes: object) -> Gateway:
         config = replace(GatewayConfig(model=str(model_dir), model_name="tiny"), **changes)  # type: ignore[arg-type]
         router = FakeRouter()
-        service = Service(config, Model.load(config), router, Metrics(FakeNumbers()))
+        service = Service(config, Model.load(config), router, Metrics("gateway-0", FakeNumbers()))
         return Gateway(service, router, build(service))
 
     return make

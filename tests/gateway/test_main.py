@@ -10,18 +10,18 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from baton.common.cluster import TraceQuestion
 from baton.common.config import GatewayConfig, RouterConfig
 from baton.common.errors import BatonError
-from baton.common.cluster import Members, WorkerStatus
 from baton.common.types import Role
-from baton.gateway.main import _listen, run
-from baton.protos.control import controller_handlers
-from baton.protos.rpc import listen, make_server
+from baton.gateway.main import _listen, _url, run
 from tests.fake_worker import VOCAB, FakeWorker, fleet
+from tests.gateway.controllers import FakeController, controlled
 
 TOKEN = "cluster"
 
@@ -36,38 +36,36 @@ def wide_dir(model_dir: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-class FakeController:
-    def __init__(self, *workers: FakeWorker) -> None:
-        self._members = Members(1, tuple(worker.status for worker in workers))
-
-    async def report(self, status: WorkerStatus) -> None:
-        raise NotImplementedError  # these workers do not report
-
-    async def watch(self) -> AsyncIterator[Members]:
-        yield self._members
-        await asyncio.Event().wait()
+@asynccontextmanager
+async def running(
+    model_dir: Path, *workers: FakeWorker, drain_s: float = 5.0, **rest: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A gateway as in `attended`, without its controller."""
+    async with attended(model_dir, *workers, drain_s=drain_s, **rest) as (_, client):
+        yield client
 
 
 @asynccontextmanager
-async def running(model_dir: Path, *workers: FakeWorker, drain_s: float = 5.0) -> AsyncIterator[httpx.AsyncClient]:
+async def attended(
+    model_dir: Path, *workers: FakeWorker, drain_s: float = 5.0, **rest: Any
+) -> AsyncIterator[tuple[FakeController, httpx.AsyncClient]]:
     """A gateway process's whole inside, in this process; ended by SIGTERM if it still runs."""
-    server = make_server(TOKEN, controller_handlers(FakeController(*workers)))
-    controller = listen(server, "127.0.0.1", 0)
-    await server.start()
+    controller = FakeController(*(worker.status for worker in workers))
     port = free_port()
-    config = GatewayConfig(
-        model=str(model_dir), model_name="tiny", port=port, controller=controller, cluster_token=TOKEN,
-        router=RouterConfig(place_timeout_s=2.0), drain_s=drain_s, max_model_len=4096,
-    )  # fmt: skip
-    gateway = asyncio.create_task(run(config))
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-        try:
-            yield client
-        finally:
-            if not gateway.done():
-                os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.wait_for(gateway, 15)
-            await server.stop(0)
+    async with controlled(controller, TOKEN) as address:
+        config = GatewayConfig(
+            model=str(model_dir), model_name="tiny", name="gateway-0", port=port, controller=address,
+            cluster_token=TOKEN, router=RouterConfig(place_timeout_s=2.0), drain_s=drain_s, max_model_len=4096, **rest,
+        )  # fmt: skip
+        gateway = asyncio.create_task(run(config))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            try:
+                yield controller, client
+            finally:
+                if not gateway.done():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                async with asyncio.timeout(15):
+                    await gateway
 
 
 def free_port() -> int:
@@ -128,6 +126,57 @@ async def test_metrics_of_workers_and_router(wide_dir: Path) -> None:
         assert sum(float(value) for name, value in lines.items() if name.startswith("baton_router_decisions")) == 1
         assert float(lines["baton_routed_tokens_total"]) == 40
         assert float(lines["baton_request_seconds_count"]) == 1
+        assert float(lines["baton_router_oldest_wait_seconds"]) == 0
+        assert float(lines['baton_workers{role="decode",state="ready"}']) == 1
+        assert float(lines['baton_workers{role="decode",state="failed"}']) == 0
+
+
+async def test_the_controller_hears_of_the_gateway_and_finds_each_choice_of_a_request(wide_dir: Path) -> None:
+    workers = pair()
+    async with fleet(*workers), attended(wide_dir, *workers) as (controller, client):
+        await until_ready(client)
+        (hello,) = controller.hellos
+        assert (hello.name, hello.url) == ("gateway-0", str(client.base_url).rstrip("/"))
+        body = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True, "n": 2}
+        response = await client.post("/v1/completions", json=body)
+        names = [response.json()["id"], response.headers["x-request-id"]]
+        for number, name in enumerate((*names, names[0] + "-1", names[1] + "-1")):
+            trace = (await controller.ask(TraceQuestion(number, name))).trace
+            assert trace is not None and trace.request_id == f"{names[1]}-{number // 2}"
+            assert (trace.gateway, trace.outcome, trace.output_tokens) == ("gateway-0", "length", 4)
+            assert {span.worker for span in trace.spans} == {"", "prefill-0", "decode-0"}
+        await client.post("/v1/completions", json={**body, "n": 1}, headers={"x-request-id": "mine"})
+        assert (await controller.ask(TraceQuestion(9, "cmpl-mine"))).trace is not None
+        async with asyncio.timeout(10):
+            while sum(traffic.finished for traffic in controller.traffic) < 3:
+                await asyncio.sleep(0.05)
+
+
+async def test_a_gateway_that_shares_its_port_leaves_it_when_it_drains_and_keeps_its_own(wide_dir: Path) -> None:
+    workers = pair(step_s=0.01)
+    own = free_port()
+    async with (
+        fleet(*workers),
+        running(wide_dir, *workers, reuse_port=True, own_port=own) as shared,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{own}", timeout=20) as client,
+    ):
+        await until_ready(client)
+        assert 'baton_gateway_info{name="gateway-0"' in (await client.get("/metrics")).text
+        with _listen("127.0.0.1", shared.base_url.port or 0, shared=True):
+            pass  # another gateway may listen there
+        with pytest.raises(BatonError, match="cannot listen"):
+            _listen("127.0.0.1", own)
+        body = {"model": "tiny", "prompt": [5], "max_tokens": 100, "ignore_eos": True, "stream": True}
+        async with shared.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.05)
+            async with httpx.AsyncClient(base_url=shared.base_url) as late:
+                with pytest.raises(httpx.ConnectError):
+                    await late.get("/ready")
+            assert (await client.get("/ready")).json()["state"] == "draining"
+            assert [line async for line in lines if line][-1] == "data: [DONE]"
 
 
 async def test_without_workers_it_is_alive_and_not_ready(model_dir: Path) -> None:
@@ -193,3 +242,10 @@ def test_it_listens_where_the_system_has_no_timeout_for_unread_data(monkeypatch:
     monkeypatch.delattr(socket, "TCP_USER_TIMEOUT", raising=False)  # macOS
     with _listen("127.0.0.1", 0) as listener:
         assert listener.getsockname()[1] > 0
+
+
+def test_the_address_of_a_listener() -> None:
+    with _listen("127.0.0.1", 0) as listener:
+        assert _url(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with _listen("::1", 0) as listener:
+        assert _url(listener) == f"http://[::1]:{listener.getsockname()[1]}"

@@ -23,7 +23,7 @@ def test_histogram_buckets_are_cumulative_and_inclusive() -> None:
 
 
 def test_tokens_that_come_together_count_one_gap_and_the_rest_as_none() -> None:
-    metrics = Metrics(FleetNumbers(lambda: Snapshot((), 0, 0, 0, Stats())))
+    metrics = Metrics("gateway-0", FleetNumbers(lambda: Snapshot((), 0, 0, 0, Stats()), lambda: 0.0))
     metrics.arrived(0.5, 3, first=True)
     metrics.arrived(0.25, 2, first=False)
     lines = dict(line.rsplit(" ", 1) for line in metrics.text().decode().splitlines() if not line.startswith("#"))
@@ -38,7 +38,7 @@ def test_every_number_of_the_fleet_is_there() -> None:
         reserved_blocks=7, steps=8, preemptions=9, prompt_tokens=10, cached_tokens=11, output_tokens=12,
         handovers=13, handover_bytes=14, handover_seconds=15.5, handover_skipped_blocks=16,
         handover_aborts=(("lease", 17), ("checksum", 18)), moves=28, shared_tokens=29,
-        loop_age_s=19.5,
+        loop_age_s=19.5, handover_exposed_seconds=31,
     )  # fmt: skip
     worker = WorkerSnapshot("decode-0", Role.DECODE, "ready", 1, load, 0, 0, 0)
     stats = Stats(
@@ -50,14 +50,17 @@ def test_every_number_of_the_fleet_is_there() -> None:
         moves=Counter(moved=30),
     )
     registry = CollectorRegistry()
-    registry.register(FleetNumbers(lambda: Snapshot((worker,), 25, 26, 27, stats)))
+    members = {("decode", "ready"): 33, ("decode", "unreachable"): 34}
+    registry.register(FleetNumbers(lambda: Snapshot((worker,), 25, 26, 27, stats, None, members), lambda: 32.0))
     lines = [
         line.rsplit(" ", 1) for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")
     ]
     values = {
         name.replace('role="decode",', "").replace('worker="decode-0"', "w"): float(value) for name, value in lines
     }
-    assert sorted(values.values()) == [*range(1, 15), 15.5, *range(16, 19), 19.5, *range(20, 31)]
+    # Six other states have no worker; of 4 blocks 5 are free and 6 cached, which is -1.75 in use.
+    assert sorted(values.values()) == [-1.75, *[0] * 6, *range(1, 15), 15.5, *range(16, 19), 19.5, *range(20, 35)]
+    assert values['baton_workers{state="ready"}'] == 33
     assert values['baton_handover_aborts_total{reason="lease",w}'] == 17
     assert values['baton_kv_blocks{state="cached",w}'] == 6
     assert values["baton_prefix_hit_tokens_total"] == 21

@@ -60,7 +60,7 @@ report = st.builds(
     m.StepReport,
     several(token),
     several(st.builds(m.Started, u64, u32)),
-    several(st.builds(m.HandedOver, u64)),
+    several(st.builds(m.HandedOver, u64, number)),
     several(st.builds(m.Finished, u64, st.sampled_from(t.FinishReason))),
     several(st.builds(m.Failed, u64, text, text)),
     several(st.builds(m.KvEvents, u64, hashes, hashes, st.booleans())),

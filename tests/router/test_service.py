@@ -9,12 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from baton.common.cluster import Members, WorkerState, WorkerStatus
 from baton.common.config import RouterConfig
-from baton.common.errors import BatonError, NotReady, PoisonRequest
-from baton.common.cluster import Members, WorkerStatus
+from baton.common.errors import NotReady, PoisonRequest
 from baton.common.types import FinishReason, Request, Role
-from baton.protos import rpc
-from baton.router.links import watch_members
 from baton.router.request import Finish
 from baton.router.service import RequestStream, Router
 from tests.fake_worker import FakeWorker, expected, fleet, members_of
@@ -191,7 +189,7 @@ async def test_closing_fails_streams_and_leaves_no_session() -> None:
 
 async def test_readiness_says_what_is_missing() -> None:
     def status(name: str, state: str, **rest: float) -> WorkerStatus:
-        return WorkerStatus(name, "decode", state, "127.0.0.1:1", 1, **rest)
+        return WorkerStatus(name, "decode", WorkerState(state), "127.0.0.1:1", 1, **rest)
 
     router = Router("router", FAST, "")
     assert router.ready() == ("loading", "no word from the controller yet")
@@ -247,34 +245,95 @@ async def test_a_worker_that_is_named_again_at_once_is_linked_again() -> None:
 
 
 async def test_a_controller_that_forgets_costs_no_session() -> None:
-    """The stream of memberships breaks; the next one begins with a table that knows no worker yet."""
+    """It has begun anew, with a table that knows no worker yet."""
     worker = FakeWorker("a")
-    broken, calls = asyncio.Event(), 0
+    begun_anew = asyncio.Event()
 
-    class Controller:
-        async def report(self, status: WorkerStatus) -> None:
-            raise BatonError("not in this test")
-
-        async def watch(self) -> AsyncIterator[Members]:
-            nonlocal calls
-            calls += 1
-            yield Members(5, (worker.status,)) if calls == 1 else Members(0)
-            await broken.wait()
-            if calls == 1:
-                raise BatonError("restarting")
+    async def members() -> AsyncIterator[Members]:
+        yield Members(5, (worker.status,))
+        await begun_anew.wait()
+        yield Members(0)
+        await asyncio.Event().wait()
 
     async with fleet(worker):
-        server = rpc.make_server("", rpc.controller_handlers(Controller()))
-        address = rpc.listen(server, "127.0.0.1", 0)
-        await server.start()
         router = Router("router", FAST, "")
-        await router.start(watch_members(address, ""))
+        await router.start(members())
         await until(lambda: router.ready()[0] == "ready")
-        broken.set()
+        begun_anew.set()
         await until(lambda: router._members == Members(0))
         tokens, _ = await collect(router.submit(req := request()))
         assert tokens == expected(req)
         await worker.kill()
         await until(lambda: router._links["a"].over)
         await router.close()
-        await server.stop(0)
+
+
+async def test_closing_ends_the_membership() -> None:
+    """Its stream is not left to the garbage collector."""
+    ended = asyncio.Event()
+
+    async def members() -> AsyncIterator[Members]:
+        try:
+            yield Members(1)
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    router = Router("router", FAST, "")
+    await router.start(members())
+    await until(lambda: router._members is not None)
+    await router.close()
+    assert ended.is_set()
+
+
+async def test_what_happened_to_a_request_can_be_asked_while_it_runs_and_after() -> None:
+    workers = [FakeWorker("p", Role.PREFILL), FakeWorker("d", Role.DECODE, step_s=0.01)]
+    async with routed(*workers) as router:
+        assert router.trace("") is None
+        stream = router.submit(request([1, 2, 3], 1000, name="long"))
+        await collect(router.submit(request([1, 2, 3], 3, name="short")))
+        running, ended = router.trace("long"), router.trace("short")
+        assert running is not None and running.outcome == "" and running.spans[-1].end is None
+        assert ended is not None and (ended.outcome, ended.gateway, ended.output_tokens) == ("length", "router", 3)
+        assert [(span.what, span.worker) for span in ended.spans if span.what != "handover"] == [
+            ("waiting", ""), ("queued", "p"), ("prefill", "p"), ("decode", "d"),
+        ]  # fmt: skip
+        assert router.trace("other") is None
+        assert (slowest := router.trace("")) is not None and slowest.request_id == "long"
+        stream.cancel()
+        assert (cancelled := router.trace("long")) is not None and cancelled.outcome == "cancelled"
+        traffic = router.traffic()
+        assert (traffic.arrived, traffic.finished, traffic.started) == (2, 2, 2)
+        assert len(traffic.ttft_s) == 2 and traffic.oldest_wait_s == 0
+        assert router.traffic().arrived == 0
+
+
+async def test_the_oldest_that_waits_has_an_age() -> None:
+    worker = FakeWorker("a", step_s=0.01)
+    async with routed(worker) as router:
+        worker.freeze()
+        router.submit(request(max_tokens=2))
+        await until(lambda: router.oldest_wait_s() > 0.05)
+        worker.thaw()
+        await until(lambda: router.oldest_wait_s() == 0)
+
+
+async def test_workers_are_counted_by_what_they_say_and_whether_they_can_be_reached() -> None:
+    up = FakeWorker("a")
+
+    async def members() -> AsyncIterator[Members]:
+        rest = [
+            WorkerStatus("b", "decode", WorkerState.LOADING),
+            WorkerStatus("c", "decode", WorkerState.FAILED),
+            WorkerStatus("d", "prefill", WorkerState.READY, "127.0.0.1:9", 1),
+        ]
+        yield Members(1, (up.status, *rest))
+
+    async with fleet(up):
+        router = Router("router", FAST, "")
+        await router.start(members())
+        await until(lambda: router.ready()[0] == "ready")
+        assert router.snapshot().members == {
+            ("colocated", "ready"): 1, ("decode", "loading"): 1, ("decode", "failed"): 1, ("prefill", "unreachable"): 1
+        }  # fmt: skip
+        await router.close()
