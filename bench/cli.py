@@ -252,6 +252,55 @@ def simulate(
     Console().print(report.table([report.summarise("simulated", run(jobs, shape).run)], title))
 
 
+@app.command(epilog="Example: baton bench autoscale --save autoscale")
+def autoscale(
+    workers: Annotated[int, typer.Option(min=2, help="Workers in all.")] = 6,
+    ttft: Annotated[float, typer.Option(min=1e-3, help="SLO on TTFT in seconds.")] = 3.0,
+    tpot: Annotated[float, typer.Option(min=1e-3, help="SLO on TPOT in seconds.")] = 0.06,
+    trace: Annotated[Path | None, typer.Option(help="A window of a trace instead of the load that flips.")] = None,
+    begin: Annotated[float, typer.Option(min=0, help="Trace: where the window begins, in seconds.")] = 0.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Trace: how long it is.")] = 600.0,
+    speed: Annotated[float, typer.Option(min=1e-3, help="Trace: replay this many times faster.")] = 1.0,
+    shrink: Annotated[int, typer.Option(min=1, help="Trace: divide all lengths by this.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    save: Save = "",
+) -> None:
+    """Compare the planner of pool sizes with every fixed split, in virtual time, on a load that flips."""
+    from ..deploy.control.planner import AutoscaleConfig
+    from . import autoscale as planning
+    from . import record
+    from .simulate import Shape
+
+    shape, config = Shape(max_running=256), AutoscaleConfig(enabled=True, ttft_s=ttft, tpot_s=tpot)
+    window: dict[str, float | int] = {"begin_s": begin, "seconds": seconds, "speed": speed, "shrink": shrink}
+    try:
+        load = (
+            planning.flip_load(seed=seed)
+            if trace is None
+            else planning.trace_load(
+                trace,
+                begin_s=begin,
+                seconds=seconds,
+                speed=speed,
+                shrink=shrink,
+                max_len=shape.max_model_len,
+                seed=seed,
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console = Console()
+    with console.status("") as status:
+        done = planning.compare(load, workers, config, shape, status.update)
+    console.print(planning.table(done))
+    if save:
+        parameters = {"workers": workers, "seed": seed, "shape": asdict(shape), "costs": asdict(planning.COSTS)}
+        parameters |= {"autoscale": asdict(config)} | (window if trace is not None else {})
+        path = record.write(save, "autoscale", planning.document(done), parameters)
+        planning.draw(path.with_suffix(".png"), done)
+        console.print(f"wrote results/{path.name} and its plot")
+
+
 @app.command(epilog="Example: baton bench memory --threads 2 --model models/demo")
 def memory(
     threads: Threads = 2,

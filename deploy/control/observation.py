@@ -12,6 +12,9 @@ from ...common.messages import Load
 from ...common.types import Role
 
 
+RECENT_S = 4.0
+
+
 class Targets(Protocol):
     """Of a `planner.AutoscaleConfig`: the SLO that attainment is measured against, and how far back to look."""
 
@@ -34,7 +37,9 @@ class Observation:
     uncached_len           tokens of a prompt that no cache holds, on average
     queue_p90_s            from arrival to the start of prefill, of requests that started
     oldest_wait_s          age of the oldest request that has no token yet, now
-    backlog_tokens         uncached tokens of prompts that wait, with a worker or without, now
+    backlog_tokens         uncached tokens of prompts that wait, with a worker or without, now; one prompt at each
+                           prefill worker is no queue
+    output_tokens_per_s    of the last `RECENT_S` only: tokens come evenly, and so fewer of them tell enough
     waiting, running       requests without and with a worker, now
     ttft_attained, …       share of the requests that kept to the SLO; 1 where there was none
     prefill_rate           tokens a second that one prefill worker computes; 0: not measured
@@ -90,7 +95,9 @@ def observe(
     ready = [w for w in workers if w.state is WorkerState.READY and w.load is not None]
     prefills = [w.load for w in ready if w.role == Role.PREFILL and w.load]
     decodes = [w.load for w in ready if w.role == Role.DECODE and w.load]
-    queued = sum(load.queued_prefill_tokens for load in prefills)
+    queued = sum(max(0.0, load.queued_prefill_tokens * (1.0 - hit_rate) - uncached_len) for load in prefills)
+    lately = [window for windows in traffic.values() for window in _last(windows, RECENT_S)]
+    lately_s = max((sum(w.seconds for w in _last(windows, RECENT_S)) for windows in traffic.values()), default=0.0)
     per_s = 1.0 / seconds if seconds else 0.0
     return Observation(
         now=now,
@@ -102,12 +109,12 @@ def observe(
         failed_per_s=sum(w.failed for w in every) * per_s,
         prompt_tokens_per_s=prompts * per_s,
         uncached_tokens_per_s=arrived * uncached_len * per_s,
-        output_tokens_per_s=sum(w.output_tokens for w in every) * per_s,
+        output_tokens_per_s=sum(w.output_tokens for w in lately) / lately_s if lately_s else 0.0,
         uncached_len=uncached_len,
         hit_rate=hit_rate,
         queue_p90_s=_quantile([s for w in every for s in w.queue_s], 0.9),
         oldest_wait_s=max((w.oldest_wait_s for w in last), default=0.0),
-        backlog_tokens=queued * (1.0 - hit_rate) + waiting * uncached_len,
+        backlog_tokens=queued + waiting * uncached_len,
         waiting=waiting,
         running=sum(w.running for w in last),
         ttft_attained=_share([s for w in every for s in w.ttft_s], targets.ttft_s),

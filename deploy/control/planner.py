@@ -14,9 +14,10 @@ Each role's need is worked out as a number of workers, with fractions; then the 
 
 DistServe (Zhong et al., OSDI'24) sizes the two pools apart, each for its own SLO; Dynamo's planner corrects a model of
 rates by what is measured, but looked at rates only, and let queues stand for minutes (ai-dynamo/dynamo#10528). Here
-whatever waits counts as work, and its age as a violation that has happened already. How much a worker may be used is
-the M/M/1 queue's answer: the time spent there is exponential with mean S / (1 - use), S being a prompt's own time, so
-P(time > ttft) <= 1 - attainment wherever use <= 1 - S ln(1 / (1 - attainment)) / ttft.
+whatever waits counts as work, and its age as a violation that has happened already. How many prefill workers keep to
+the TTFT is the M/M/n queue's answer, since the router sends each prompt where the queue is shortest: with n workers for
+a load (work a second over one worker's rate), one waits longer than t with a probability of at most
+exp(-(n - load) t / S), S being a prompt's own time; so n = load + S / t · ln(1 / (1 - attainment)) is enough.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ class AutoscaleConfig:
     tpot_s: float = 0.1
     """Mean time between the tokens of a request, at most, for the same share."""
     attainment: float = 0.9
-    interval_s: float = 5.0
+    interval_s: float = 2.0
     """How often it is decided."""
-    window_s: float = 30.0
+    window_s: float = 10.0
     """Traffic that is looked at: the last so many seconds."""
-    drain_s: float = 10.0
+    drain_s: float = 5.0
     """Within this time a queue shall be gone, beside the work that comes meanwhile."""
     confirm: int = 2
-    """How many times in a row a change must be called for before it is made."""
+    """How many times in a row a change must be called for before it is made, unless the strain is above `URGENT`."""
     hold_down_s: float = 300.0
     """How long there must have been too many workers before one is let go."""
     shrink_below: float = 0.7
@@ -67,9 +68,13 @@ Split = tuple[int, int]
 """(prefill, decode) workers."""
 
 MAX_USE = 0.85
-MIN_USE = 0.3
-"""Between these the use of a prefill worker is kept, whatever the formula says: it knows neither bursts nor that a
-prompt may be longer than any TTFT allows."""
+"""Prefill workers are not planned to compute for more than this share of the time: arrivals come in bursts, and prompts
+are less alike than the formula takes them to be."""
+MAX_HEADROOM = 1.0
+"""Nor is more kept free for the queue's sake than this times the load: a prompt that takes longer than the TTFT alone
+is not saved by any number of workers."""
+URGENT = 1.5
+"""Strain that is no noise: it need not show twice."""
 STEP_SHARE = 0.9
 """A decode step is planned to take this share of the TPOT: what remains is for handovers, moves and noise."""
 MIN_BATCH = 4.0
@@ -108,7 +113,8 @@ class Decision:
 class Memory:
     """What the planner keeps from one call to the next. Begin with `Memory()`.
 
-    wish, wished   the direction in which a change was called for, and how many times in a row
+    wish, wished   the direction in which a change was called for, and how many times in a row. It stays when the change
+                   is made: more in the same direction need not be called for twice, as it may be a step of many
     roomy_since    since when there are too many workers; None: there are not
     line           a decode step's time by its batch, learnt from what was measured
     """
@@ -125,7 +131,7 @@ def plan(seen: Observation, memory: Memory, config: AutoscaleConfig) -> tuple[De
     memory = replace(memory, line=memory.line.learn(seen.steps))
     split = (seen.prefill, seen.decode)
     if seen.changing:
-        return _stay(split, f"{seen.changing}; nothing else until that is done"), _calm(memory)
+        return _stay(split, f"{seen.changing}; nothing else until that is done"), memory
     if not seen.prefill or not seen.decode:
         return _stay(split, "there is no pair of a prefill and a decode worker to be planned"), _calm(memory)
     if not seen.seconds or not seen.prefill_rate:
@@ -142,7 +148,8 @@ def plan(seen: Observation, memory: Memory, config: AutoscaleConfig) -> tuple[De
     if seen.now - since < config.hold_down_s:
         why = f"{_state(need, split)}: one worker less would do, if that lasts {config.hold_down_s:.0f} s"
         return _stay(split, why), replace(_calm(memory), roomy_since=since)
-    return _decide(split, smaller, f"{_state(need, split)} for {seen.now - since:.0f} s"), _done(memory)
+    why = f"{_state(need, split)} for {seen.now - since:.0f} s"
+    return _decide(split, smaller, why), replace(_calm(memory), roomy_since=None)
 
 
 def needs(seen: Observation, line: StepLine, config: AutoscaleConfig) -> Needs:
@@ -150,15 +157,16 @@ def needs(seen: Observation, line: StepLine, config: AutoscaleConfig) -> Needs:
     full = seen.kv_used > KV_SHARE
     # Prefill: the work that comes, and the queue gone in time.
     alone = seen.uncached_len / seen.prefill_rate
-    use = 1.0 - alone * math.log(1.0 / max(1e-3, 1.0 - config.attainment)) / config.ttft_s
+    allowed = max(config.ttft_s - alone, config.ttft_s / 4)
     backlog = 0.0 if full else seen.backlog_tokens
     work = seen.uncached_tokens_per_s + backlog / config.drain_s
-    prefill = work / seen.prefill_rate / min(MAX_USE, max(MIN_USE, use))
+    load = work / seen.prefill_rate
+    headroom = alone / allowed * math.log(1.0 / max(1e-3, 1.0 - config.attainment))
+    prefill = max(load / MAX_USE, load + min(headroom, load * MAX_HEADROOM))
     why = f"{work:.0f} prompt tokens/s"
     # A queue that has become too old says that the rates above promise too much. One old request alone does not: it may
     # just be long.
     drain = backlog / (seen.prefill_rate * seen.prefill)
-    allowed = max(config.ttft_s - alone, config.ttft_s / 4)
     late = min(seen.oldest_wait_s, max(drain, seen.queue_p90_s))
     if not full and late > allowed:
         why = f"queue {late:.1f} s > {allowed:.1f} s"
@@ -195,11 +203,11 @@ def _relieve(seen: Observation, need: Needs, memory: Memory, config: AutoscaleCo
     else:
         return _stay(split, f"{_state(need, split)}: too little, but no better split is allowed"), _calm(memory)
     wished = memory.wished + 1 if memory.wish == wish else 1
-    if wished < config.confirm:
+    if wished < config.confirm and strain <= URGENT:
         return _stay(split, f"{_state(need, split)}: will {wish}, if it lasts"), replace(
             memory, wish=wish, wished=wished
         )
-    return _decide(split, chosen, _state(need, split)), _done(memory)
+    return _decide(split, chosen, _state(need, split)), replace(memory, wish=wish, wished=wished)
 
 
 def _best(splits: Iterable[Split], need: Needs) -> Split | None:
@@ -268,8 +276,3 @@ def _state(need: Needs, split: Split) -> str:
 def _calm(memory: Memory) -> Memory:
     """Nothing is called for."""
     return replace(memory, wish="", wished=0)
-
-
-def _done(memory: Memory) -> Memory:
-    """A change was made: what comes next is judged afresh."""
-    return replace(memory, wish="", wished=0, roomy_since=None)
