@@ -337,3 +337,23 @@ async def test_workers_are_counted_by_what_they_say_and_whether_they_can_be_reac
             ("colocated", "ready"): 1, ("decode", "loading"): 1, ("decode", "failed"): 1, ("prefill", "unreachable"): 1
         }  # fmt: skip
         await router.close()
+
+
+@pytest.mark.parametrize("state", [WorkerState.DRAINING, WorkerState.LEAVING])
+async def test_a_fleet_that_goes_on_purpose_is_not_unhealthy(state: WorkerState) -> None:
+    worker = FakeWorker("a")
+    going = asyncio.Event()
+
+    async def members() -> AsyncIterator[Members]:
+        yield Members(1, (worker.status,))
+        await going.wait()
+        yield Members(2, (replace(worker.status, state=state),))
+
+    async with fleet(worker):
+        router = Router("router", FAST, "")
+        await router.start(members())
+        await until(lambda: router.ready()[0] == "ready")
+        going.set()
+        await until(lambda: router.ready()[0] == "draining")
+        assert router.snapshot().members == {("colocated", state): 1}
+        await router.close()
