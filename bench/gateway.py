@@ -21,10 +21,11 @@ from typing import Any
 
 import msgspec
 
+from ..common.clock import RealClock
 from ..common.cluster import WorkerState, WorkerStatus
 from ..common.config import GatewayConfig
 from ..common.errors import BatonError, NotReady
-from ..deploy.control.members import MemberTable
+from ..deploy.control.members import Gateways, GatewayStream
 from ..deploy.launch.launcher import LocalLauncher, Spec
 from ..protos.control import controller_handlers
 from ..protos.rpc import listen, make_server
@@ -157,6 +158,20 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+class _Controller:
+    """Knows one worker, for ever."""
+
+    def __init__(self, worker: WorkerStatus) -> None:
+        self._gateways = Gateways(RealClock(), lambda: None)
+        self._gateways.publish((worker,))
+
+    async def report(self, status: WorkerStatus) -> None:
+        """The stand-in reports to nobody."""
+
+    async def attend(self, stream: GatewayStream) -> None:
+        await self._gateways.attend(stream)
+
+
 @asynccontextmanager
 async def rig(model: Path) -> AsyncIterator[Rig]:
     """Start controller table, stand-in and the real gateway process on `model`'s tokenizer; end them afterwards."""
@@ -170,9 +185,7 @@ async def rig(model: Path) -> AsyncIterator[Rig]:
     )  # fmt: skip
     gateway = await LocalLauncher(_print).start(Spec("gateway", config))
     # After its children are started: gRPC's threads do not like a fork.
-    table = MemberTable()
-    table.put(status)
-    server = make_server(TOKEN, controller_handlers(table))
+    server = make_server(TOKEN, controller_handlers(_Controller(status)))
     listen(server, "127.0.0.1", port)
     await server.start()
     http = HttpClient(f"http://127.0.0.1:{config.port}")

@@ -4,14 +4,18 @@ address to standard output."""
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from typing import Protocol
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from ..common.cluster import Members
+from ..common.config import GatewayConfig
+from .control.status import WorkerRow
 
 
 class Display(Protocol):
@@ -23,7 +27,7 @@ class Display(Protocol):
         """A fact about the whole."""
         ...
 
-    def members(self, members: Members) -> None:
+    def workers(self, rows: Sequence[WorkerRow]) -> None:
         """The state of the workers, while they start."""
         ...
 
@@ -59,8 +63,8 @@ class LineDisplay:
     def note(self, text: str) -> None:
         _say(f"baton: {text}")
 
-    def members(self, members: Members) -> None:
-        for worker in members.workers:
+    def workers(self, rows: Sequence[WorkerRow]) -> None:
+        for worker in rows:
             percent = int(worker.progress * 4) * 25
             if self._shown.get(worker.name) != (worker.state, percent):
                 self._shown[worker.name] = (worker.state, percent)
@@ -96,9 +100,9 @@ class BarDisplay:
     def note(self, text: str) -> None:
         self._console.print(f"[dim]baton:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
-    def members(self, members: Members) -> None:
+    def workers(self, rows: Sequence[WorkerRow]) -> None:
         self._progress.start()
-        for worker in members.workers:
+        for worker in rows:
             if worker.name not in self._bars:
                 self._bars[worker.name] = self._progress.add_task(worker.name, total=1.0, state="")
             done = 1.0 if worker.state == "ready" else worker.progress
@@ -110,3 +114,27 @@ class BarDisplay:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+def curl_line(url: str, gateway: GatewayConfig) -> str:
+    """A first request that works as it stands (with keys: once BATON_API_KEY is set in that shell)."""
+    prompt: dict[str, Any]
+    if has_chat_template(Path(gateway.model)):
+        path, prompt = "chat/completions", {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    else:
+        path, prompt = "completions", {"prompt": "The capital of France is"}
+    body = json.dumps({"model": gateway.model_name, **prompt, "max_tokens": 32, "temperature": 0})
+    body = body.replace("'", "'\\''")
+    key = ' -H "Authorization: Bearer $BATON_API_KEY"' if gateway.api_keys else ""
+    return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{body}'"
+
+
+def has_chat_template(model: Path) -> bool:
+    """Whether the checkpoint folder says how a conversation becomes a prompt."""
+    if (model / "chat_template.jinja").is_file():
+        return True
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((model / name).read_text(encoding="utf-8")).get("chat_template"):
+                return True
+    return False

@@ -15,7 +15,7 @@ import setproctitle
 
 from ..common import log
 from ..common.child import EXIT_CONFIG, EXIT_FAILED, die_with, read_line
-from ..common.config import GatewayConfig, WorkerConfig, from_json
+from ..common.config import ControllerConfig, GatewayConfig, WorkerConfig, from_json
 from ..common.errors import BatonError
 from .launch.launcher import Envelope
 from .models import ImportJob
@@ -52,6 +52,10 @@ def _run(envelope: Envelope) -> None:
             from ..worker.main import run as run_worker
 
             asyncio.run(run_worker(from_json(bytes(envelope.config), WorkerConfig)))
+        case "controller":
+            from .control.main import run as run_controller
+
+            asyncio.run(run_controller(from_json(bytes(envelope.config), ControllerConfig)))
         case "import":
             from ..engine.gguf import import_gguf
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import setproctitle
 import typer
 
-from ...common.errors import InvalidRequest
-from .. import models
-from ..cluster import gateway_config, worker_configs
-from ..control.controller import Controller, claim_port
-from ..display import make_display
-from ..launch.launcher import LocalLauncher, LogFiles
-from ..settings import ServeConfig, Setting, from_environment, from_yaml, resolve
+from ..settings import Setting, from_environment, from_yaml, resolve
 from .model import converter
 
 
@@ -89,31 +80,11 @@ def serve(
     }
     settings = [*(from_yaml(config) if config else []), *from_environment(os.environ)]
     settings += [Setting(path, value, _flag(path)) for path, value in flags.items() if value is not None]
-    _serve(resolve(settings))
+    from ..launch.parent import serve as run  # with gRPC, which no other command needs
+
+    run(resolve(settings), converter)
 
 
 def _flag(path: str) -> str:
     special = {"model": "MODEL", "api_keys": "--api-key", "autoscale.enabled": "--autoscale"}
     return special.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
-
-
-def _serve(config: ServeConfig) -> None:
-    source = models.find(config.model)
-    endpoint = claim_port(config.host, config.port)
-    setproctitle.setproctitle("baton serve")  # `ps` shows what it is, and no longer a key among its arguments
-    display = make_display()
-    launcher = LocalLauncher(log=_log_files(config.log_dir) if config.log_dir else display.log)
-    folder = models.prepare(source, converter(display))
-    name = config.model_name or source.name
-    gateway = replace(gateway_config(config, folder, name), port=endpoint.port)
-    token = os.environ.get("BATON_CLUSTER_TOKEN", "")  # for operators who talk to the workers themselves
-    asyncio.run(Controller(worker_configs(config, folder, name), gateway, launcher, display, token=token).run())
-
-
-def _log_files(log_dir: str) -> LogFiles:
-    folder = Path(log_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(f"--log-dir: cannot make {folder}: {error.strerror}") from error
-    return LogFiles(folder)

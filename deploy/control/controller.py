@@ -1,239 +1,338 @@
-"""The parent of `baton serve`: starts workers and gateway, keeps them running, and ends them in order.
+"""The controller: holds what the cluster shall be, and drives what is to it.
 
-Ownership runs one way. The controller owns the processes; the processes report to the member table; the gateway's
-router reads the table and talks to workers by itself. No request passes through here.
+Everything that it decides is pure and elsewhere: edits of the desired state (`desired.py`, `rollout.py`), what follows
+from it (`reconcile.py`), the planner. Here is what happens in time. An edit is saved at the parent before anything is
+done about it, so this process may die at any moment: the next one loads the state, hears from the parent which
+processes there are and from the workers how they are, and goes on; nobody is started again, and no request passes
+through here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import secrets
-import signal
-import socket
-from collections.abc import Coroutine
-from dataclasses import dataclass, replace
-from pathlib import Path
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import httpx
+from ...common.clock import Clock
+from ...common.cluster import (
+    End,
+    Launch,
+    LogLines,
+    LogQuestion,
+    Phase,
+    Processes,
+    Trace,
+    WorkerStatus,
+)
+from ...common.config import ControllerConfig
+from ...common.errors import BatonError, InvalidRequest, NotReady
+from ...common.messages import Turn
+from ...protos.control import ParentService
+from . import rollout
+from .autoscale import Autoscaler
+from .desired import Desired, anew, drain, gone, load, save, scale, untangle
+from .events import Events, changes
+from .members import Gateways, GatewayStream
+from .reconcile import Action, Forget, TurnWorker, World, members, reconcile, serving
+from .reports import LIVES, Reports
+from .revise import revise
+from .status import ClusterStatus
+from .turns import Turns
+from .view import gateway_rows, pool_rows, traffic_row, worker_rows
 
-from ...common.clock import Clock, RealClock
-from ...common.cluster import WorkerState, WorkerStatus
-from ...common.config import GatewayConfig, WorkerConfig
-from ...common.errors import BatonError
-from ...protos.control import controller_handlers
-from ...protos.rpc import listen, make_server
-from ..display import Display
-from ..launch.launcher import Launcher, Spec
-from ..launch.supervisor import RestartPolicy, Supervisor
-from .members import MemberTable
+ADOPT_S = 3.0
+"""How long a controller that has come back waits for workers that live to report, which they do each second, before it
+tells gateways who there is."""
+PAUSE_S = 5.0
+"""If rounds are further apart than this, the controller itself was frozen, and judges nobody by that time."""
+SETTLE_S = 1.0
+"""How long gateways may take to act on what they have been told."""
+ROLLOUT_STALL_S = 600.0
+"""How long a rollout's new workers may make no progress before it is taken back."""
+RETRY_S = 0.5
 
-GATEWAY = "gateway"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-START_TIMEOUT_S = 600.0
-"""How long a start may go on without any worker's state or progress changing."""
-POLL_S = 0.2
-DRAIN_GRACE_S = 5.0
-"""What the gateway gets beyond its own `drain_s` before it is killed."""
-WORKER_STOP_S = 10.0
-"""The gateway is gone by then, so workers hold no request that anyone waits for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where clients reach the gateway."""
-
-    host: str
-    port: int
-
-    @property
-    def url(self) -> str:
-        """As seen from this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
-
-
-def claim_port(host: str, port: int) -> Endpoint:
-    """Find out before anything loads whether the gateway will be able to listen there; 0 picks a free port.
-    Raises `BatonError` if not."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError as error:
-            raise BatonError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-        return Endpoint(host, probe.getsockname()[1])
-
-
-def curl_line(endpoint: Endpoint, gateway: GatewayConfig) -> str:
-    """A first request that works as it stands (with keys: once BATON_API_KEY is set in that shell)."""
-    prompt: dict[str, Any]
-    if has_chat_template(Path(gateway.model)):
-        path, prompt = "chat/completions", {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
-    else:
-        path, prompt = "completions", {"prompt": "The capital of France is"}
-    body = json.dumps({"model": gateway.model_name, **prompt, "max_tokens": 32, "temperature": 0})
-    body = body.replace("'", "'\\''")
-    key = ' -H "Authorization: Bearer $BATON_API_KEY"' if gateway.api_keys else ""
-    return f"curl {endpoint.url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{body}'"
-
-
-def has_chat_template(model: Path) -> bool:
-    """Whether the checkpoint folder says how a conversation becomes a prompt."""
-    if (model / "chat_template.jinja").is_file():
-        return True
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads((model / name).read_text(encoding="utf-8")).get("chat_template"):
-                return True
-    return False
+log = logging.getLogger(__name__)
 
 
 class Controller:
-    """One cluster on this machine. `run` is its whole life. `token` is the secret that its processes share; empty: a
-    random one."""
+    """One cluster. Also a `protos.control.ControllerService`.
+
+    parent   owns the processes and keeps the state
+    turn     asks the worker at an address to turn
+    stop     ends the whole cluster, in order
+    """
 
     def __init__(
         self,
-        workers: list[WorkerConfig],
-        gateway: GatewayConfig,
-        launcher: Launcher,
-        display: Display,
-        policy: RestartPolicy | None = None,
-        clock: Clock | None = None,
-        token: str = "",
+        config: ControllerConfig,
+        parent: ParentService,
+        clock: Clock,
+        turn: Callable[[str, Turn], Awaitable[None]],
+        stop: Callable[[], None],
     ) -> None:
-        self._workers = workers
-        self._gateway = gateway
-        self._launcher = launcher
-        self._display = display
-        self._policy = policy or RestartPolicy()
-        self._clock = clock or RealClock()
-        self._endpoint = Endpoint(gateway.host, gateway.port)
-        self._token = token or secrets.token_urlsafe(32)
-        self._supervisors: dict[str, Supervisor] = {}
-        self._roles = {worker.name: str(worker.role) for worker in workers}
-        self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._serving = False
-        self._failed = asyncio.Event()
-        self._failure = ""
-        self.table = MemberTable()
+        self._config = config
+        self._parent = parent
+        self._clock = clock
+        self._stop = stop
+        self._began = self._last_round = clock.now()
+        self._wake = asyncio.Event()
+        self._editing = asyncio.Lock()
+        self._processes: tuple[Processes, float] | None = None
+        self._seen = World(processes={}, words={})
+        self._adopted = False
+        self._ending = False
+        self._complaints: dict[str, str] = {}
+        self._rollout_moved: tuple[object, float] = (None, clock.now())
+        self._desired: Desired | None = None
+        self.events = Events(clock)
+        self.reports = Reports(clock, self._wake.set)
+        self.gateways = Gateways(clock, self._wake.set, version=time.time_ns() >> 20)
+        self.autoscaler = Autoscaler()
+        self.turns = Turns(turn, self._start_anew, self.events, clock)
+        self.was_ready = False
+
+    # --- ControllerService -------------------------------------------------------------------------------------------
+
+    async def report(self, status: WorkerStatus) -> None:
+        await self.reports.report(status)
+
+    async def attend(self, stream: GatewayStream) -> None:
+        await self.gateways.attend(stream)
+
+    # --- what is -----------------------------------------------------------------------------------------------------
+
+    @property
+    def desired(self) -> Desired:
+        """Raises `BatonError` before it was loaded."""
+        if self._desired is None:
+            raise BatonError("the controller has not loaded its state yet")
+        return self._desired
+
+    def world(self) -> World:
+        """What is known now."""
+        if self._processes is None:
+            return World(processes={}, words={})
+        now, (known, at) = self._clock.now(), self._processes
+        processes = {p.name: replace(p, age_s=p.age_s + now - at) for p in known.processes}
+        words = self.reports.words(processes)
+        running = [p for p in processes.values() if p.phase is Phase.RUNNING and p.name in self._workers()]
+        return World(
+            processes=processes,
+            words=words,
+            silence=frozenset(p.name for p in running if self.reports.silence(p, p.age_s) > self._config.silence_s),
+            settled=frozenset(
+                p.name for p in running if (self.reports.heard_at(p) or 0.0) >= self.gateways.told_at(p.name) + SETTLE_S
+            ),
+            turning=self.turns.under_way,
+        )
+
+    def _workers(self) -> set[str]:
+        return {a.name for a in self.desired.assignments}
+
+    # --- in time -----------------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Take up what was saved last. Raises `BatonError` if it cannot be had."""
+        self._desired = load(await self._parent.load())
 
     async def run(self) -> None:
-        """Start, serve until a signal, drain. Raises `BatonError` if it cannot start or can no longer serve."""
-        server = make_server(self._token, controller_handlers(self.table))
-        address = listen(server, "127.0.0.1", 0)
-        await server.start()
-        self._take_signals()
-        show = asyncio.create_task(self._show(), name="progress")
+        """For ever: follow the parent's processes, and go round."""
         try:
-            self._start(address)
-            await self._first(self._become_ready())
-            if self._serving:
-                show.cancel()
-                if not (self._gateway.api_keys or self._endpoint.host in LOOPBACK):
-                    self._display.note(f"anyone who reaches {self._endpoint.host} can use this server: no --api-key")
-                self._display.ready(self._endpoint.url, curl_line(self._endpoint, self._gateway))
-                await self._first(self._stop.wait())
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._follow(), name="following the parent")
+                both.create_task(self._rounds(), name="rounds")
         finally:
-            show.cancel()
-            self._display.close()
-            await self._drain()
-            await server.stop(grace=1.0)
+            self.turns.close()
 
-    def request_stop(self) -> None:
-        """Drain and end; said a second time: at once."""
-        if self._stop.is_set():
-            self._hurry.set()
-        self._stop.set()
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async for processes in self._parent.watch():
+                    self._processes = (processes, self._clock.now())
+                    self._wake.set()
+            except BatonError as error:
+                log.warning("the parent does not answer: %s", error)
+            await asyncio.sleep(RETRY_S)
 
-    # --- Listener: what becomes of the processes ---------------------------------------------------------------------
+    async def _rounds(self) -> None:
+        while True:
+            self._wake.clear()
+            if self._processes is not None:
+                await self._round()
+            try:
+                async with asyncio.timeout(self._config.round_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
 
-    def started(self, spec: Spec, pid: int) -> None:
-        if spec.name in self._roles:
-            self.table.put(WorkerStatus(spec.name, self._roles[spec.name], WorkerState.STARTING, pid=pid))
-
-    def ended(self, spec: Spec, why: str, delay_s: float) -> None:
-        self.table.remove(spec.name)
-        self._display.note(f"{spec.name} ended ({why}); starting it again in {delay_s:g} s")
-
-    def gave_up(self, spec: Spec, why: str, last_lines: tuple[str, ...]) -> None:
-        """Without its gateway the cluster is of no use; without one worker it may be, once it has been ready."""
-        text = f"{spec.name} cannot be kept running ({why}); its last lines:"
-        self._display.note("\n  ".join((text, *last_lines)))
-        if spec.name in self._roles:
-            self.table.put(
-                WorkerStatus(spec.name, self._roles[spec.name], WorkerState.FAILED, detail=f"given up: {why}")
-            )
-        if (spec.name == GATEWAY or not self._serving) and not self._failed.is_set():
-            last = f": {last_lines[-1]}" if last_lines else ""
-            self._failure = f"{spec.name} cannot be kept running ({why}){last}"
-            self._failed.set()
-
-    # --- phases ------------------------------------------------------------------------------------------------------
-
-    def _start(self, address: str) -> None:
-        token = self._token
-        workers = (replace(worker, controller=address, cluster_token=token) for worker in self._workers)
-        specs = [Spec(worker.name, worker, worker.engine.threads) for worker in workers]
-        specs.append(Spec(GATEWAY, replace(self._gateway, controller=address, cluster_token=token)))
-        for spec in specs:
-            supervisor = Supervisor(spec, self._launcher, self, self._policy, self._clock)
-            self._supervisors[spec.name] = supervisor
-            supervisor.start()
-
-    async def _become_ready(self) -> None:
-        """Until the gateway says that it can answer. Raises `BatonError` once nothing has moved for a long time."""
-        seen, deadline = -1, 0.0
-        async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
-            while not await self._answers(client):
-                if self.table.members.version != seen:
-                    seen, deadline = self.table.members.version, self._clock.now() + START_TIMEOUT_S
-                if self._clock.now() > deadline:
-                    states = ", ".join(f"{w.name} {w.state} {w.detail}".strip() for w in self.table.members.workers)
-                    raise BatonError(f"no progress for {START_TIMEOUT_S:.0f} s while starting: {states}")
-                await asyncio.sleep(POLL_S)
-        self._serving = True
-
-    async def _answers(self, client: httpx.AsyncClient) -> bool:
-        """Ready means all workers: a cluster that begins to serve with half of them would surprise."""
-        if self._roles.keys() != {w.name for w in self.table.members.workers if w.state == "ready"}:
-            return False
+    async def _round(self) -> None:
+        now = self._clock.now()
+        if now - self._last_round > PAUSE_S:
+            self.reports.deaf()
+            self.events.add(f"the controller was away for {now - self._last_round:.0f} s", "warning")
+        self._last_round = now
+        world = self.world()
+        if not self._adopt(world, now):
+            return
+        for level, text in changes(self._seen, world):
+            self.events.add(text, level)
+        self._seen = world
         try:
-            return (await client.get(f"{self._endpoint.url}/ready")).status_code == 200
-        except httpx.HTTPError:
-            return False
+            await self._edit(lambda desired: untangle(desired, world.roles()))
+            await self._advance(world, now)
+            self.gateways.publish(members(self.desired, world))  # before anything is done: they shall know first
+            for action in reconcile(self.desired, world):
+                await self._do(action)
+            sizes = self.autoscaler.step(self.desired, world, self.gateways.traffic(), now)
+            if sizes:
+                self.events.add(f"autoscale: {self.autoscaler.why(now)[-1].text}")
+                await self.scale(sizes)
+        except BatonError as error:
+            self._complain("round", str(error))
 
-    async def _first(self, goal: Coroutine[Any, Any, object]) -> None:
-        """Wait for `goal` or a request to stop. Raises what `goal` raises, and `BatonError` on a failure."""
-        tasks = [asyncio.create_task(wait) for wait in (goal, self._stop.wait(), self._failed.wait())]
-        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in others:
-            task.cancel()
-        for task in done:
-            task.result()
-        if self._failed.is_set():
-            raise BatonError(self._failure)
+    def _adopt(self, world: World, now: float) -> bool:
+        """Whether it is known who there is: after its start, a controller first listens to those who live."""
+        if not self._adopted:
+            living = [p for p in world.processes.values() if p.phase in LIVES and p.name in self._workers()]
+            if not self.reports.all_heard(living) and now - self._began < ADOPT_S:
+                return False
+            self._adopted = True
+            self._seen = world
+            self.events.add(f"the controller runs; {len(living)} workers were there already")
+        return True
 
-    async def _drain(self) -> None:
-        """The gateway first: it refuses new requests and finishes its streams, for which it needs the workers."""
-        if self._serving:
-            self._display.note("draining; Ctrl-C again to stop at once")
-        gateway = self._supervisors.pop(GATEWAY, None)
-        if gateway is not None:
-            await gateway.stop(self._gateway.drain_s + DRAIN_GRACE_S, self._hurry)
-        await asyncio.gather(*(s.stop(WORKER_STOP_S, self._hurry) for s in self._supervisors.values()))
+    async def _advance(self, world: World, now: float) -> None:
+        """Take a rollout as far as it goes; take it back where it does not."""
+        if self.desired.rollout is None:
+            return
+        ready = serving(self.desired, world)
+        await self._edit(lambda desired: rollout.advance(desired, ready))
+        if self.desired.rollout is None:
+            self.events.add(f"rollout: revision {self.desired.revision} is in place")
+            return
+        waits = rollout.waits_for(self.desired, ready)
+        moves = [(name, world.words.get(name)) for name in waits]
+        moved = (self.desired, [(n, w and (w.state, w.progress)) for n, w in moves])
+        if moved != self._rollout_moved[0] or not waits:
+            self._rollout_moved = (moved, now)
+        dead = [n for n in waits if n in world.processes and world.processes[n].phase is Phase.GIVEN_UP]
+        stalled = now - self._rollout_moved[1] > ROLLOUT_STALL_S
+        if (dead or stalled) and not self.desired.rollout.back:
+            why = f"{dead[0]} cannot be kept running" if dead else f"no progress for {ROLLOUT_STALL_S:.0f} s"
+            self.events.add(f"rollout to revision {self.desired.revision} failed: {why}; going back", "error")
+            await self._edit(rollout.abort)
 
-    async def _show(self) -> None:
-        async for members in self.table.watch():
-            self._display.members(members)
+    async def _do(self, action: Action) -> None:
+        try:
+            match action:
+                case Launch() if self._ending:
+                    return
+                case Launch():
+                    await self._parent.launch(action)
+                case End():
+                    await self._parent.end(action)
+                case Forget(name):
+                    await self._edit(lambda desired: gone(desired, name))
+                case TurnWorker():
+                    self.turns.begin(action)
+        except NotReady:  # from the parent: it ends everything
+            self._ending = True
+        except BatonError as error:  # the others are done all the same; this one again in the next round
+            self._complain(getattr(action, "name", ""), str(error))
 
-    def _take_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.request_stop)
+    async def _start_anew(self, name: str) -> None:
+        try:
+            await self._edit(lambda desired: anew(desired, name))
+        except BatonError as error:
+            self._complain(name, str(error))
+
+    async def _edit(self, change: Callable[[Desired], Desired]) -> None:
+        """Save what is changed, and only then let it count. Raises what `change` raises, and what saving does."""
+        async with self._editing:
+            changed = change(self.desired)
+            if changed != self._desired:
+                await self._parent.save(save(changed))
+                self._desired = changed
+                self._wake.set()
+
+    def _complain(self, about: str, text: str) -> None:
+        """What goes wrong each round is said once."""
+        if self._complaints.get(about) != text:
+            self._complaints[about] = text
+            self.events.add(f"{about}: {text}", "warning")
+
+    # --- what operators ask for ---------------------------------------------------------------------------------------
+
+    async def scale(self, counts: Mapping[str, int]) -> tuple[str, ...]:
+        """See `desired.scale`. Returns the steps in words."""
+        steps: tuple[str, ...] = ()
+
+        def change(desired: Desired) -> Desired:
+            nonlocal steps
+            world = self.world()
+            held = {name: world.held(name) for name in serving(desired, world)}
+            desired, steps = scale(desired, counts, held)
+            return desired
+
+        await self._edit(change)
+        for step in steps:
+            self.events.add(f"scale: {step}")
+        return steps
+
+    async def drain(self, worker: str, now: bool) -> None:
+        """See `desired.drain`."""
+        await self._edit(lambda desired: drain(desired, worker, now))
+        self.events.add(f"drain: {worker} goes " + ("now, its requests move" if now else "when it is done"))
+
+    async def rollout(self, model: str | None, changes: Mapping[str, Any]) -> None:
+        """See `revise` and `rollout.begin`."""
+        await self._edit(lambda desired: rollout.begin(desired, revise(desired, model, changes)))
+        self._rollout_moved = (None, self._clock.now())
+        self.events.add(f"rollout: to revision {self.desired.revision}")
+
+    def down(self) -> None:
+        """End the cluster, in order."""
+        self.events.add("down: the cluster ends")
+        self._stop()
+
+    async def trace(self, request_id: str) -> Trace:
+        """What is known of a request; `slowest`: of the slowest recent one. Raises `InvalidRequest`: nothing."""
+        trace = await self.gateways.trace("" if request_id == "slowest" else request_id)
+        if trace is None:
+            raise InvalidRequest(f"no gateway remembers a request {request_id!r}", param="request_id")
+        return trace
+
+    async def logs(self, question: LogQuestion) -> LogLines:
+        return await self._parent.tail(question)
+
+    def readiness(self) -> str:
+        """loading, ready or unhealthy. Ready: requests can be served."""
+        world = self.world()
+        roles = {self.desired.role(a) for a in self.desired.assignments if a.name in serving(self.desired, world)}
+        pair = any(role.prefills for role in roles) and any(role.decodes for role in roles)
+        if pair and self.gateways.present:
+            self.was_ready = True
+            return "ready"
+        failed = any(p.phase is Phase.GIVEN_UP for p in world.processes.values())
+        return "unhealthy" if failed or self.was_ready else "loading"
+
+    def status(self) -> ClusterStatus:
+        """Everything at this moment."""
+        now, world = self._clock.now(), self.world()
+        return ClusterStatus(
+            model=self._config.model_name,
+            launcher=self._config.launcher,
+            revision=self.desired.revision,
+            controller_age_s=now - self._began,
+            autoscale=self.desired.autoscale.enabled,
+            rollout=rollout.progress(self.desired),
+            pools=pool_rows(self.desired, world),
+            workers=worker_rows(self.desired, world, self.reports),
+            gateways=gateway_rows(self.desired, world, self.gateways),
+            traffic=traffic_row(self.gateways.traffic()),
+            events=self.events.list(),
+            why=self.autoscaler.why(now),
+        )

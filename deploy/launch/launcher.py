@@ -19,10 +19,18 @@ from typing import Protocol
 
 import msgspec
 
-from ...common.config import GatewayConfig, WorkerConfig, to_json
+from ...common.config import ControllerConfig, GatewayConfig, WorkerConfig, to_json
 from ..models import ImportJob
 
-Config = WorkerConfig | GatewayConfig | ImportJob
+Config = WorkerConfig | GatewayConfig | ControllerConfig | ImportJob
+
+KINDS: dict[str, type[Config]] = {
+    "worker": WorkerConfig,
+    "gateway": GatewayConfig,
+    "controller": ControllerConfig,
+    "import": ImportJob,
+}
+"""Kinds of processes, by the name that a child reads, and the configuration of each."""
 
 KEPT_LINES = 20
 """Last log lines of a process that are kept, to be shown when it dies."""
@@ -105,10 +113,15 @@ class Launcher(Protocol):
         ...
 
 
+def kind_of(config: Config) -> str:
+    """The key in `KINDS`."""
+    return next(kind for kind, cls in KINDS.items() if isinstance(config, cls))
+
+
 def to_line(spec: Spec) -> bytes:
     """The line that `spec` becomes on a child's standard input."""
-    kind = {WorkerConfig: "worker", GatewayConfig: "gateway", ImportJob: "import"}[type(spec.config)]
-    return to_json(Envelope(spec.name, kind, os.getpid(), msgspec.Raw(to_json(spec.config)))) + b"\n"
+    config = msgspec.Raw(to_json(spec.config))
+    return to_json(Envelope(spec.name, kind_of(spec.config), os.getpid(), config)) + b"\n"
 
 
 @dataclass(frozen=True, slots=True)

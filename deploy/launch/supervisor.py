@@ -20,12 +20,16 @@ KILL_TIMEOUT_S = 5.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
     """The delay doubles from `first_delay_s` to `max_delay_s`, and begins anew after the process has lived for
-    `window_s`. `max_deaths` within `window_s` are a crash loop: then it is given up."""
+    `window_s`. `max_deaths` within `window_s` are a crash loop: then it is given up; 0: it never is."""
 
     first_delay_s: float = 0.5
     max_delay_s: float = 30.0
     max_deaths: int = 5
     window_s: float = 60.0
+
+
+FOR_EVER = RestartPolicy(max_delay_s=5.0, max_deaths=0)
+"""For a process without which others go on, and which must come back: the controller."""
 
 
 class Restarts:
@@ -40,7 +44,7 @@ class Restarts:
         """Seconds to wait before the next start; None: give it up."""
         policy = self._policy
         self._deaths.append(now)
-        if len(self._deaths) == policy.max_deaths and now - self._deaths[0] <= policy.window_s:
+        if policy.max_deaths and len(self._deaths) == policy.max_deaths and now - self._deaths[0] <= policy.window_s:
             return None
         starts_anew = self._delay == 0.0 or lived_s >= policy.window_s
         self._delay = policy.first_delay_s if starts_anew else min(2 * self._delay, policy.max_delay_s)
@@ -50,7 +54,7 @@ class Restarts:
 class Listener(Protocol):
     """Hears what becomes of a process. Called on the event loop, must not wait."""
 
-    def started(self, spec: Spec, pid: int) -> None: ...
+    def started(self, spec: Spec, process: Process) -> None: ...
     def ended(self, spec: Spec, why: str, delay_s: float) -> None:
         """It died and starts again in `delay_s`."""
         ...
@@ -117,7 +121,7 @@ class Supervisor:
         self._process = process
         if self._stopping.is_set():  # `stop` came while the process was being made
             process.terminate()
-        self._listener.started(self.spec, process.pid)
+        self._listener.started(self.spec, process)
         code = await process.wait()
         self._process = None
         return code, tuple(process.last_lines)

@@ -10,8 +10,10 @@ import pytest
 from baton.common.config import split_threads
 from baton.common.errors import InvalidRequest
 from baton.common.types import Role
-from baton.deploy.cluster import gateway_config, worker_configs
+from baton.deploy.cluster import Place, desired_state
 from baton.deploy.settings import KNOWN, ServeConfig, Setting, from_yaml, parse_size, resolve
+
+PLACE = Place(Path("/m"), "name", "here:1", 1234, "secret")
 
 
 def flags(**values: object) -> list[Setting]:
@@ -52,7 +54,7 @@ def test_prefill_and_decode_engines_are_the_common_one_but_for_what_is_said_of_t
     file = tmp_path / "baton.yaml"
     file.write_text("decode_engine: {tp: 3, max_model_len: 0}\nengine: {block_size: 32, max_model_len: 90}\n")
     config = resolve([*from_yaml(file), *flags(prefill_engine__kv_dtype="int8", colocated=1, prefill=1, decode=1)])
-    prefill, decode, colocated = (each.engine for each in worker_configs(config, Path("/m"), "name"))
+    prefill, decode, colocated = (each.worker.engine for each in desired_state(config, PLACE).assignments)
     assert (prefill.tp, prefill.block_size, prefill.max_model_len, prefill.kv_dtype) == (1, 32, 90, "int8")
     assert (decode.tp, decode.block_size, decode.max_model_len, decode.kv_dtype) == (3, 32, 0, "auto")
     assert (colocated.tp, colocated.kv_dtype) == (1, "auto")
@@ -132,14 +134,16 @@ def test_every_field_that_may_be_set_is_one_of_the_configuration() -> None:
 
 def test_each_process_gets_its_configuration() -> None:
     config = resolve(flags(prefill=1, decode=2, threads=4, engine__block_size=8, port=1234, router__lease_s=2))
-    workers = worker_configs(config, Path("/m"), "name")
+    desired = desired_state(config, PLACE)
+    workers = [assignment.worker for assignment in desired.assignments]
     assert [(w.name, w.role, w.engine.threads) for w in workers] == [
         ("prefill-0", Role.PREFILL, 2),
         ("decode-0", Role.DECODE, 1),
         ("decode-1", Role.DECODE, 1),
     ]
     assert {w.engine.model for w in workers} == {"/m"}
-    gateway = gateway_config(config, Path("/m"), "name")
+    assert {(w.controller, w.cluster_token) for w in workers} == {("here:1", "secret")}
+    (gateway,) = desired.gateways
     assert (gateway.port, gateway.block_size, gateway.router.lease_s, gateway.model_name) == (1234, 8, 2.0, "name")
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from baton.common.child import EXIT_CONFIG
 from baton.common.clock import ManualClock
 from baton.common.config import GatewayConfig
-from baton.deploy.launch.launcher import Spec
-from baton.deploy.launch.supervisor import RestartPolicy, Restarts, Supervisor
+from baton.deploy.launch.launcher import Process, Spec
+from baton.deploy.launch.supervisor import FOR_EVER, RestartPolicy, Restarts, Supervisor
 
 SPEC = Spec("gateway", GatewayConfig(model="m", model_name="n"))
 AT_ONCE = RestartPolicy(first_delay_s=0.001, max_delay_s=0.001, max_deaths=3)
@@ -40,12 +40,18 @@ def test_too_many_deaths_within_the_window_are_a_crash_loop() -> None:
     assert all(restarts.died(t, 1.0) is not None for t in (0, 16, 32, 48, 64, 80))
 
 
+def test_one_that_others_go_on_without_is_never_given_up() -> None:
+    restarts = Restarts(FOR_EVER)
+    assert [restarts.died(t, 0.1) for t in range(8)] == [0.5, 1, 2, 4, 5, 5, 5, 5]
+
+
 @dataclass
 class Pretended:
     """A process that ends when told to, with `on_term` upon SIGTERM (None: it does not heed it)."""
 
     pid: int
     on_term: int | None = 0
+    node: str = ""
     last_lines: deque[str] = field(default_factory=lambda: deque(["last words"]))
     signals: list[str] = field(default_factory=list)
 
@@ -82,8 +88,8 @@ class Stage:
         self.processes.append(process)
         return process
 
-    def started(self, spec: Spec, pid: int) -> None:
-        self.heard.append(f"started {pid}")
+    def started(self, spec: Spec, process: Process) -> None:
+        self.heard.append(f"started {process.pid}")
 
     def ended(self, spec: Spec, why: str, delay_s: float) -> None:
         self.heard.append(f"ended {why}")

@@ -1,0 +1,115 @@
+"""A rolling restart, as edits of what is desired: new workers beside the old ones first, then the old ones go.
+
+In each pool one worker is started beyond its size, in all pools at once. When all new workers are ready, one old
+worker of each pool takes nothing new any more and ends when it is done, and the next new one is started in its place.
+The last old workers of all pools go together: workers of two generations never hand over to each other, so a generation
+that lacks one of its halves is of no use. A rollout that fails is one back to what was before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+
+from ...common.errors import Conflict
+from .desired import Assignment, Desired, Leaving, Pool, Rollout, add
+
+
+def begin(desired: Desired, pools: tuple[Pool, ...]) -> Desired:
+    """All workers shall be replaced by those that `pools` describe, which have the names of the pools that there are.
+    Raises `Conflict` if one is under way."""
+    if desired.rollout is not None:
+        raise Conflict("a rollout is under way already")
+    sizes = tuple((pool.name, desired.size(pool.name)) for pool in desired.pools)
+    rollout = Rollout(previous=desired.pools, previous_revision=desired.revision, sizes=sizes)
+    revision = 1 + max([desired.revision, *(a.revision for a in desired.assignments)])
+    return replace(desired, pools=pools, revision=revision, rollout=rollout)
+
+
+def abort(desired: Desired) -> Desired:
+    """The new workers will not do: return to what was before. Does nothing if that is under way already."""
+    rollout = desired.rollout
+    if rollout is None or rollout.back:
+        return desired
+    back = replace(rollout, previous=desired.pools, previous_revision=desired.revision, back=True)
+    return replace(desired, pools=rollout.previous, revision=rollout.previous_revision, rollout=back)
+
+
+def advance(desired: Desired, ready: Set[str]) -> Desired:
+    """What can be done now, given who is ready. To be called again and again; when it is over, `rollout` is None."""
+    rollout = desired.rollout
+    if rollout is None:
+        return desired
+    if rollout.back:  # what failed goes at once where it serves nobody
+        for worker in _outdated(desired):
+            if worker.name not in ready:
+                desired = desired.edit(worker.name, leaving=Leaving.MOVE)
+    if waits_for(desired, ready):
+        return desired
+    fronts = [_Front.of(desired, *size) for size in rollout.sizes]
+    if all(front.over for front in fronts):
+        return replace(desired, rollout=None)
+    last = all(front.at_last for front in fronts)
+    for front in fronts:
+        desired = front.advance(desired, last)
+    return desired
+
+
+def waits_for(desired: Desired, ready: Set[str]) -> tuple[str, ...]:
+    """New workers that are not ready yet: without them nothing goes on."""
+    if desired.rollout is None:
+        return ()
+    return tuple(worker.name for worker in _current(desired) if worker.name not in ready)
+
+
+def progress(desired: Desired) -> str:
+    """How far it is, in words; empty: there is none."""
+    if desired.rollout is None:
+        return ""
+    total = sum(size for _, size in desired.rollout.sizes)
+    what = "failed, back to" if desired.rollout.back else "to"
+    return f"{what} revision {desired.revision}: {min(len(_current(desired)), total)} of {total} workers"
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """How far one pool is. `missing`: new workers that are still to come; `going`: an old one is about to end."""
+
+    pool: str
+    missing: int
+    old: tuple[Assignment, ...]
+    going: bool
+
+    @classmethod
+    def of(cls, desired: Desired, pool: str, size: int) -> _Front:
+        return cls(
+            pool=pool,
+            missing=size - sum(a.pool == pool for a in _current(desired)),
+            old=tuple(a for a in _outdated(desired) if a.pool == pool),
+            going=any(a.pool == pool and a.leaving and a.revision != desired.revision for a in desired.assignments),
+        )
+
+    @property
+    def at_last(self) -> bool:
+        return self.missing <= 0 and len(self.old) <= 1 and not self.going
+
+    @property
+    def over(self) -> bool:
+        return self.at_last and not self.old
+
+    def advance(self, desired: Desired, last: bool) -> Desired:
+        if self.going:  # one at a time: the next may need the room of this one
+            return desired
+        if self.missing > 0 and len(self.old) <= self.missing:  # there are no more than the size of the pool, yet
+            return add(desired, desired.pool(self.pool))
+        if self.old and (last or len(self.old) > 1):
+            return desired.edit(self.old[0].name, leaving=Leaving.FINISH)
+        return desired
+
+
+def _current(desired: Desired) -> list[Assignment]:
+    return [a for a in desired.staying if a.revision == desired.revision]
+
+
+def _outdated(desired: Desired) -> list[Assignment]:
+    return [a for a in desired.staying if a.revision != desired.revision]
