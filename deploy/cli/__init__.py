@@ -21,7 +21,7 @@ import typer
 
 from ... import __version__
 from ...common.errors import BatonError
-from . import bench, model, serve
+from . import bench, config, down, drain, logs, model, rollout, scale, serve, status, top, trace
 from .exits import EPILOG, Exit, exit_code
 
 app = typer.Typer(
@@ -32,15 +32,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(serve.serve)
+LOOK = (status.status, top.top, trace.trace, logs.logs)
+CHANGE = (serve.serve, scale.scale, drain.drain, rollout.rollout, down.down)
+for command in (*CHANGE[:1], *LOOK, *CHANGE[1:]):
+    app.command(epilog=EPILOG)(command)
 app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     short_help="Measure a server: latency, throughput, goodput.",
 )(bench.bench)
 
+config_app = typer.Typer(help="Look at a configuration.", no_args_is_help=True)
+config_app.command("check", epilog=EPILOG)(config.check)
+app.add_typer(config_app, name="config")
+
 model_app = typer.Typer(help="Prepare models.", no_args_is_help=True)
-model_app.command("import")(model.import_model)
+model_app.command("import", epilog=EPILOG)(model.import_model)
 app.add_typer(model_app, name="model")
 
 
