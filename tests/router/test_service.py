@@ -268,9 +268,14 @@ async def test_a_controller_that_forgets_costs_no_session() -> None:
         await router.close()
 
 
-async def test_closing_ends_the_membership() -> None:
-    """Its stream is not left to the garbage collector."""
+async def test_closing_ends_the_membership(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the router is busy with a change of it: its stream is not left to the garbage collector."""
     ended = asyncio.Event()
+
+    async def busy(router: Router, members: Members) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Router, "_relink", busy)
 
     async def members() -> AsyncIterator[Members]:
         try:

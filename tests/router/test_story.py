@@ -9,6 +9,7 @@ import pytest
 from baton.common.cluster import Span
 from baton.common.messages import Failed, Finished, HandedOver, Move, Started
 from baton.common.types import FinishReason, Role
+from baton.router import traces as traces_module
 from baton.router.request import RequestState
 from baton.router.story import MAX_MARKS, Story
 from baton.router.traces import MAX_ENDED, Traces
@@ -166,6 +167,17 @@ def test_of_two_requests_with_one_id_the_later_is_found() -> None:
     two.output += [1, 2]
     traces = Traces("gateway-0", [one, two])
     assert (found := traces.find("twice", driver.now)) is not None and found.output_tokens == 2
+
+
+def test_who_ended_last_is_remembered_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces_module, "MAX_ENDED", 2)
+    driver = Driver()
+    driver.up("c")
+    driver.take()
+    traces = Traces("gateway-0", ())
+    for name in ("twice", "other", "twice", "new"):
+        ended(driver, traces, name, 1.0)
+    assert [traces.find(name, driver.now) is not None for name in ("twice", "other", "new")] == [True, False, True]
 
 
 def test_outcomes() -> None:
