@@ -70,7 +70,8 @@ async def baton(model: Path, shape: Sequence[str], threads: int) -> AsyncIterato
     with tempfile.TemporaryFile() as log:
         child = await asyncio.create_subprocess_exec(
             *arguments, stdout=log, stderr=log, start_new_session=True, preexec_fn=_drain_with_parent,
-            env={name: value for name, value in os.environ.items() if name != "BATON_API_KEY"},
+            env={name: value for name, value in os.environ.items() if name != "BATON_API_KEY"}
+            | {"BATON_NAME": f"bench-{port}"},
         )  # fmt: skip
         http = HttpClient(f"http://127.0.0.1:{port}")
         try:

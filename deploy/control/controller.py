@@ -119,14 +119,14 @@ class Controller:
         processes = {p.name: replace(p, age_s=p.age_s + now - at) for p in known.processes}
         words = self.reports.words(processes)
         running = [p for p in processes.values() if p.phase is Phase.RUNNING and p.name in self._workers()]
-        return World(
-            processes=processes,
-            words=words,
+        world = World(processes=processes, words=words)
+        return replace(
+            world,
             silence=frozenset(p.name for p in running if self.reports.silence(p, p.age_s) > self._config.silence_s),
             settled=frozenset(
                 p.name for p in running if (self.reports.heard_at(p) or 0.0) >= self.gateways.told_at(p.name) + SETTLE_S
             ),
-            turning=self.turns.under_way,
+            turning=self.turns.under_way(world.roles()),
         )
 
     def _workers(self) -> set[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from ...common.clock import Clock
 from ...common.errors import BatonError
 from ...common.messages import Turn
+from ...common.types import Role
 from .events import Events
 from .reconcile import TurnWorker
 
@@ -35,22 +36,25 @@ class Turns:
         self._start_anew = start_anew
         self._events = events
         self._clock = clock
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._asked: dict[str, tuple[TurnWorker, asyncio.Task[None]]] = {}
         self._refusals: dict[str, int] = {}
         self.turned = 0
         self.refused = 0
 
-    @property
-    def under_way(self) -> frozenset[str]:
-        return frozenset(self._tasks)
+    def under_way(self, roles: Mapping[str, Role]) -> frozenset[str]:
+        """Workers that are not to be asked now, given what each does: they have not answered yet, or have turned and not
+        said so yet, or have just refused."""
+        asked = self._asked.items()
+        return frozenset(n for n, (action, task) in asked if not task.done() or roles.get(n) is not action.role)
 
     def begin(self, action: TurnWorker) -> None:
         """Ask; returns at once."""
-        self._tasks[action.name] = asyncio.create_task(self._run(action), name=f"turn of {action.name}")
+        asking = asyncio.create_task(self._run(action), name=f"turn of {action.name}")
+        self._asked[action.name] = action, asking
 
     def close(self) -> None:
         """Wait for no answer any more."""
-        for task in self._tasks.values():
+        for _, task in self._asked.values():
             task.cancel()
 
     async def _run(self, action: TurnWorker) -> None:
@@ -63,7 +67,12 @@ class Turns:
         except BatonError as error:
             await self._refusal(action, error)
         finally:
-            asyncio.get_running_loop().call_later(PAUSE_S, self._tasks.pop, name, None)
+            asyncio.get_running_loop().call_later(PAUSE_S, self._forget, self._asked[name])
+
+    def _forget(self, asked: tuple[TurnWorker, asyncio.Task[None]]) -> None:
+        name = asked[0].name
+        if self._asked.get(name) is asked:  # it may have been asked again
+            del self._asked[name]
 
     async def _refusal(self, action: TurnWorker, error: BatonError) -> None:
         name = action.name

@@ -14,6 +14,9 @@ from pathlib import Path
 import httpx
 import psutil
 
+from baton.common.config import from_json
+from baton.deploy.launch.runfile import RunFile
+
 COMMAND = str(Path(sys.executable).parent / "baton")
 MARK = "Baton serves at "
 START_TIMEOUT_S = 180.0
@@ -34,6 +37,11 @@ def title(process: psutil.Process) -> str:
         return " ".join(process.cmdline()).strip()
     except psutil.Error:
         return ""
+
+
+def run_dir(log: Path) -> Path:
+    """Of the `baton serve` with this log: each has its own, so that all of them may have the same name."""
+    return log.with_suffix(".run")
 
 
 def gone(process: psutil.Process) -> bool:
@@ -62,9 +70,16 @@ class Serve:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={k: v for k, v in os.environ.items() if k != "BATON_API_KEY"} | (env or {}),
+                env={k: v for k, v in os.environ.items() if k != "BATON_API_KEY"}
+                | {"BATON_RUN_DIR": str(run_dir(log))}
+                | (env or {}),
             )
         return cls(log, process)
+
+    @property
+    def run_file(self) -> RunFile:
+        """Where its operators reach it."""
+        return from_json((run_dir(self.log) / "default.json").read_bytes(), RunFile)
 
     @property
     def output(self) -> str:
@@ -80,7 +95,7 @@ class Serve:
         return self
 
     def children(self) -> dict[str, psutil.Process]:
-        """Its processes by name: `gateway`, `prefill-0`, `decode-0`, …"""
+        """Its processes by name: `controller`, `gateway-0`, `prefill-0`, `decode-0`, …"""
         try:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:

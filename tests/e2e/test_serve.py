@@ -46,7 +46,7 @@ def test_the_curl_line_that_it_prints_works(demo: Serve) -> None:
 
 
 def test_every_process_says_what_it_is(demo: Serve) -> None:
-    assert demo.children().keys() == {"gateway", "prefill-0", "decode-0"}
+    assert demo.children().keys() == {"controller", "gateway-0", "prefill-0", "decode-0"}
     shown = subprocess.run(
         ["ps", "-o", "args=", "-p", str(demo.process.pid)], capture_output=True, text=True, timeout=10
     )
@@ -57,7 +57,7 @@ def test_every_process_says_what_it_is(demo: Serve) -> None:
 def test_the_running_gateway_holds_no_torch_and_the_workers_no_web_framework(demo: Serve) -> None:
     children = demo.children()
     files = {name: {m.path for m in p.memory_maps()} for name, p in children.items()}
-    assert not [path for path in files["gateway"] if "libtorch" in path]
+    assert not [path for path in files["gateway-0"] if "libtorch" in path]
     for worker in ("prefill-0", "decode-0"):
         assert [path for path in files[worker] if "libtorch" in path]
         assert not [path for path in files[worker] if "pydantic_core" in path]
@@ -97,7 +97,7 @@ def test_kill_9_leaves_no_process(start: Start, when: str) -> None:
     serve = start()
     if when == "serving":
         serve.wait_ready()
-    eventually(lambda: len(serve.children()) == 3, f"three processes\n{serve.output}", 60)
+    eventually(lambda: len(serve.children()) == 4, f"four processes\n{serve.output}", 60)
     serve.signal(signal.SIGKILL)
     assert serve.wait() == -signal.SIGKILL
 
