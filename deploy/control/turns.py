@@ -42,8 +42,8 @@ class Turns:
         self.refused = 0
 
     def under_way(self, roles: Mapping[str, Role]) -> frozenset[str]:
-        """Workers that are not to be asked now, given what each does: they have not answered yet, or have turned and not
-        said so yet, or have just refused."""
+        """Workers that are not to be asked now, given what each does: they have not answered yet, or have turned and
+        not said so yet, or have just refused."""
         asked = self._asked.items()
         return frozenset(n for n, (action, task) in asked if not task.done() or roles.get(n) is not action.role)
 
