@@ -56,7 +56,8 @@ async def control(config: ControllerConfig, stop: asyncio.Event, end_cluster: Ca
     server = make_server(config.cluster_token, controller_handlers(controller))
     try:
         listen(server, config.host, config.port)
-        door = socket.create_server((config.admin_host, config.admin_port))
+        family = socket.AF_INET6 if ":" in config.admin_host else socket.AF_INET
+        door = socket.create_server((config.admin_host, config.admin_port), family=family)
     except (OSError, RuntimeError) as error:
         raise BatonError(f"cannot listen: {error}") from error
     await server.start()

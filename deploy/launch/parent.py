@@ -252,13 +252,9 @@ def serve(config: ServeConfig, converter: Callable[[Display], models.Convert]) -
             controller=controller, desired=desired_state(config, place), door=door, admin=admin, state=claim.state
         )
         claim.publish(RunFile(config.name, os.getpid(), admin.url, controller.admin_token))
-        asyncio.run(_run(plan, local, workers, logs, display))
+        asyncio.run(Parent(plan, local, workers, logs, display).run())
     finally:
         claim.release()
-
-
-async def _run(plan: Plan, local: Launcher, workers: Launcher, logs: LogTails, display: Display) -> None:
-    await Parent(plan, local, workers, logs, display).run()
 
 
 def _launcher(name: str, local: LocalLauncher, logs: LogTails) -> tuple[Launcher, str]:

@@ -99,32 +99,32 @@ class Supervisor:
     async def _run(self) -> None:
         while not self._stopping.is_set():
             began = self._clock.now()
-            code, lines = await self._live()
+            code, why, lines = await self._live()
             if self._stopping.is_set():
                 return
             now = self._clock.now()
             delay = None if code == EXIT_CONFIG else self._restarts.died(now, now - began)
             if delay is None:
-                self._listener.gave_up(self.spec, _describe(code), lines)
+                self._listener.gave_up(self.spec, why, lines)
                 return
-            self._listener.ended(self.spec, _describe(code), delay)
+            self._listener.ended(self.spec, why, delay)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._stopping.wait()
 
-    async def _live(self) -> tuple[int, tuple[str, ...]]:
-        """One life of the process: its exit code and its last words."""
+    async def _live(self) -> tuple[int, str, tuple[str, ...]]:
+        """One life of the process: its exit code, what that means, and its last words."""
         try:
             process = await self._launcher.start(self.spec)
         except OSError as error:
-            return EXIT_FAILED, (f"cannot start: {error}",)
+            return EXIT_FAILED, f"cannot start: {error}", ()
         self._process = process
         if self._stopping.is_set():  # `stop` came while the process was being made
             process.terminate()
         self._listener.started(self.spec, process)
         code = await process.wait()
         self._process = None
-        return code, tuple(process.last_lines)
+        return code, _describe(code), tuple(process.last_lines)
 
 
 def _describe(code: int) -> str:

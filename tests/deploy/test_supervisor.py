@@ -154,3 +154,16 @@ async def test_stopping_does_not_wait_out_a_delay() -> None:
     async with asyncio.timeout(10):
         await supervisor.stop(3600.0, asyncio.Event())
     assert len(stage.processes) == 1
+
+
+async def test_what_cannot_be_started_says_why() -> None:
+    stage = Stage()
+
+    async def start(spec: Spec) -> Pretended:
+        raise OSError("no node has a GPU")
+
+    stage.start = start  # type: ignore[method-assign]
+    supervisor = Supervisor(SPEC, stage, stage, AT_ONCE, ManualClock())
+    supervisor.start()
+    await stage.until("gave up")
+    assert stage.heard == ["ended cannot start: no node has a GPU"] * 2 + ["gave up cannot start: no node has a GPU ()"]
