@@ -32,10 +32,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-LOOK = (status.status, top.top, trace.trace, logs.logs)
-CHANGE = (serve.serve, scale.scale, drain.drain, rollout.rollout, down.down)
-for command in (*CHANGE[:1], *LOOK, *CHANGE[1:]):
-    app.command(epilog=EPILOG)(command)
+app.command(epilog=EPILOG)(serve.serve)
+app.command(epilog=EPILOG)(status.status)
+app.command(epilog=EPILOG)(top.top)
+app.command(epilog=EPILOG)(trace.trace)
+app.command(epilog=EPILOG)(logs.logs)
+app.command(epilog=EPILOG)(scale.scale)
+app.command(epilog=EPILOG)(drain.drain)
+app.command(epilog=EPILOG)(rollout.rollout)
+app.command(epilog=EPILOG)(down.down)
 app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},

@@ -36,7 +36,7 @@ def scale(
             confirm(f"Shrink {', '.join(smaller)}?", yes)
         steps = client.scale(counts)
         print("\n".join(steps) if steps else "nothing to do")
-        if wait and steps:
+        if wait:
             wait_until(client, lambda status: missing(status, counts), timeout)
 
 

@@ -48,19 +48,23 @@ def heading(status: ClusterStatus) -> Text:
 
 
 def traffic(row: TrafficRow) -> str:
-    """The last minute, in two lines: how much, and how fast."""
-    much = (
-        f"{row.requests_per_s:.1f} requests/s ({row.failed_per_s:.1f} failed)",
-        f"{row.running} running, {row.waiting} waiting",
-        f"tokens/s {count(row.prompt_tokens_per_s)} in, {count(row.output_tokens_per_s)} out",
-        f"hit rate {row.hit_rate:.0%}",
+    """The last minute, in three lines of less than 80 columns: requests, tokens, latencies."""
+    lines = (
+        (
+            f"{row.requests_per_s:.1f} requests/s ({row.failed_per_s:.1f} failed)",
+            f"{row.running} running, {row.waiting} waiting",
+        ),
+        (
+            f"{count(row.prompt_tokens_per_s)} prompt tokens/s ({row.hit_rate:.0%} cached)",
+            f"{count(row.output_tokens_per_s)} output tokens/s",
+        ),
+        (
+            f"queue p90 {seconds(row.queue_p90_s)}",
+            f"TTFT p50 {seconds(row.ttft_p50_s)} p99 {seconds(row.ttft_p99_s)}",
+            f"time/token p50 {seconds(row.tpot_p50_s)} p99 {seconds(row.tpot_p99_s)}",
+        ),
     )
-    fast = (
-        f"queue p90 {seconds(row.queue_p90_s)}",
-        f"TTFT p50 {seconds(row.ttft_p50_s)} p99 {seconds(row.ttft_p99_s)}",
-        f"time/token p50 {seconds(row.tpot_p50_s)} p99 {seconds(row.tpot_p99_s)}",
-    )
-    return " · ".join(much) + "\n" + " · ".join(fast)
+    return "\n".join(" · ".join(line) for line in lines)
 
 
 def why(decisions: Sequence[Decision]) -> RenderableType:

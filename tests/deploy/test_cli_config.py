@@ -16,6 +16,12 @@ EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 WORKERS = {
     "laptop.yaml": ["prefill-0 prefill tp 1 gpus 0", "decode-0 decode tp 1 gpus 0"],
     "one-node-8xH100.yaml": ["prefill-0 prefill tp 4 gpus 4", "decode-0 decode tp 4 gpus 4"],
+    "ray-2-nodes.yaml": [
+        "prefill-0 prefill tp 1 gpus 0",
+        "prefill-1 prefill tp 1 gpus 0",
+        "decode-0 decode tp 1 gpus 0",
+        "decode-1 decode tp 1 gpus 0",
+    ],
     "ray-4-nodes.yaml": [
         "prefill-long-0 prefill tp 8 gpus 8 H100",
         "prefill-0 prefill tp 4 gpus 4 H100",

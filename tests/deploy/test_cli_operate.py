@@ -84,10 +84,15 @@ def test_scale_ends_with_1_when_somebody_else_scales(admin: FakeAdmin, capsys: p
     assert "it shall have 4 workers now" in capsys.readouterr().err
 
 
-def test_scale_says_that_nothing_is_to_do(admin: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_that_was_asked_for_before_is_waited_for_as_well(
+    admin: FakeAdmin, capsys: pytest.CaptureFixture[str]
+) -> None:
     admin.answers["POST /v1/scale"] = (200, {"steps": []})
+    admin.statuses = [pools(decode=(1, 2)), pools(decode=(1, 2)), pools(decode=(2, 2))]
     assert cli.run(["scale", "decode=2"]) == 0
-    assert capsys.readouterr().out == "nothing to do\n"
+    said = capsys.readouterr()
+    assert said.out.startswith("nothing to do\ndone after ")
+    assert said.err == "decode: 1 of 2 ready\n"
 
 
 @pytest.mark.parametrize("word", ["prefill", "prefill=", "=2", "prefill=-1", "prefill=two"])

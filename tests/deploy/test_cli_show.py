@@ -44,9 +44,10 @@ def test_status_is_tables(admin: FakeAdmin, capsys: pytest.CaptureFixture[str]) 
     assert cli.run(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "demo  launcher local · revision 3 · controller up 2h · autoscale on"
-    assert lines[1] == "12.5 requests/s (0.0 failed) · 0 running, 0 waiting · tokens/s 0 in, 0 out · hit rate 0%"
-    assert lines[2] == "queue p90 – · TTFT p50 250 ms p99 1.50 s · time/token p50 4.0 ms p99 –"
-    rows = {cells[0]: cells for cells in map(str.split, lines[3:]) if cells}
+    assert lines[1] == "12.5 requests/s (0.0 failed) · 0 running, 0 waiting"
+    assert lines[2] == "0 prompt tokens/s (0% cached) · 0 output tokens/s"
+    assert lines[3] == "queue p90 – · TTFT p50 250 ms p99 1.50 s · time/token p50 4.0 ms p99 –"
+    rows = {cells[0]: cells for cells in map(str.split, lines[4:]) if cells}
     assert rows["pool"] == ["pool", "role", "tp", "ready", "wanted"]
     assert rows["decode"] == ["decode", "decode", "2", "2", "2"]
     assert " ".join(rows["worker"]) == "worker role state req wait KV hit tok/s age died"
