@@ -155,33 +155,33 @@ def plan(seen: Observation, memory: Memory, config: AutoscaleConfig) -> tuple[De
 def needs(seen: Observation, line: StepLine, config: AutoscaleConfig) -> Needs:
     """Workers that this traffic takes. Never falls where arrivals, tokens, queues or batches grow."""
     full = seen.kv_used > KV_SHARE
-    # Prefill: the work that comes, and the queue gone in time.
     alone = seen.uncached_len / seen.prefill_rate
     allowed = max(config.ttft_s - alone, config.ttft_s / 4)
+    # A queue that has become too old says that the rates promise too much. One old request alone does not: it may just
+    # be long.
+    drain = seen.backlog_tokens / (seen.prefill_rate * seen.prefill)
+    age = min(seen.oldest_wait_s, max(drain, seen.queue_p90_s))
+    lateness, late_why = min(age / allowed, MAX_LATENESS), f"queue {age:.1f} s > {allowed:.1f} s"
+    # Prefill: the work that comes, and the queue gone in time.
     backlog = 0.0 if full else seen.backlog_tokens
     work = seen.uncached_tokens_per_s + backlog / config.drain_s
     load = work / seen.prefill_rate
     headroom = alone / allowed * math.log(1.0 / max(1e-3, 1.0 - config.attainment))
     prefill = max(load / MAX_USE, load + min(headroom, load * MAX_HEADROOM))
-    why = f"{work:.0f} prompt tokens/s"
-    # A queue that has become too old says that the rates above promise too much. One old request alone does not: it may
-    # just be long.
-    drain = backlog / (seen.prefill_rate * seen.prefill)
-    late = min(seen.oldest_wait_s, max(drain, seen.queue_p90_s))
-    if not full and late > allowed:
-        why = f"queue {late:.1f} s > {allowed:.1f} s"
-        prefill = max(prefill, seen.prefill * min(late / allowed, MAX_LATENESS))
-    elif backlog / config.drain_s > 0.5 * work:
-        why = f"{backlog:.0f} prompt tokens queue"
+    why = (
+        f"{backlog:.0f} prompt tokens queue" if backlog / config.drain_s > 0.5 * work else f"{work:.0f} prompt tokens/s"
+    )
+    if lateness > 1.0 and not full:
+        prefill, why = max(prefill, seen.prefill * lateness), late_why
     # Decode: the requests that are there, the tokens that come, the KV that is held.
     batch = max(MIN_BATCH, line.batch(config.tpot_s * STEP_SHARE))
-    held = seen.kv_used * seen.decode / KV_SHARE
-    if full and seen.batch:
-        held *= 1.0 + seen.waiting / seen.batch
+    held, held_why = seen.kv_used * seen.decode / KV_SHARE, f"KV {seen.kv_used:.0%} used"
+    if lateness > 1.0 and full:
+        held, held_why = held * lateness, f"{held_why}, {late_why}"
     decode, decode_why = max(
         (seen.batch / batch, f"{seen.batch} requests, {batch:.0f} a worker"),
         (seen.output_tokens_per_s * config.tpot_s * STEP_SHARE / batch, f"{seen.output_tokens_per_s:.0f} tokens/s"),
-        (held, f"KV {seen.kv_used:.0%} used"),
+        (held, held_why),
     )
     return Needs(prefill, decode, why, decode_why)
 
