@@ -50,8 +50,6 @@ PAUSE_S = 5.0
 """If rounds are further apart than this, the controller itself was frozen, and judges nobody by that time."""
 SETTLE_S = 1.0
 """How long gateways may take to act on what they have been told."""
-ROLLOUT_STALL_S = 600.0
-"""How long a rollout's new workers may make no progress before it is taken back."""
 RETRY_S = 0.5
 
 log = logging.getLogger(__name__)
@@ -85,13 +83,13 @@ class Controller:
         self._adopted = False
         self._ending = False
         self._complaints: dict[str, str] = {}
-        self._rollout_moved: tuple[object, float] = (None, clock.now())
+        self._patience = rollout.Patience()
         self._desired: Desired | None = None
         self.events = Events(clock)
         self.reports = Reports(clock, self._wake.set)
         self.gateways = Gateways(clock, self._wake.set, version=time.time_ns() >> 20)
         self.autoscaler = Autoscaler()
-        self.turns = Turns(turn, self._start_anew, self.events, clock)
+        self.turns = Turns(turn, self._turned, self._start_anew, self.events, clock)
         self.was_ready = False
 
     # --- ControllerService -------------------------------------------------------------------------------------------
@@ -213,15 +211,8 @@ class Controller:
         if self.desired.rollout is None:
             self.events.add(f"rollout: revision {self.desired.revision} is in place")
             return
-        waits = rollout.waits_for(self.desired, ready)
-        moves = [(name, world.words.get(name)) for name in waits]
-        moved = (self.desired, [(n, w and (w.state, w.progress)) for n, w in moves])
-        if moved != self._rollout_moved[0] or not waits:
-            self._rollout_moved = (moved, now)
-        dead = [n for n in waits if n in world.processes and world.processes[n].phase is Phase.GIVEN_UP]
-        stalled = now - self._rollout_moved[1] > ROLLOUT_STALL_S
-        if (dead or stalled) and not self.desired.rollout.back:
-            why = f"{dead[0]} cannot be kept running" if dead else f"no progress for {ROLLOUT_STALL_S:.0f} s"
+        why = self._patience.failure(self.desired, world, ready, now)
+        if why and not self.desired.rollout.back:
             self.events.add(f"rollout to revision {self.desired.revision} failed: {why}; going back", "error")
             await self._edit(rollout.abort)
 
@@ -242,6 +233,9 @@ class Controller:
             self._ending = True
         except BatonError as error:  # the others are done all the same; this one again in the next round
             self._complain(getattr(action, "name", ""), str(error))
+
+    def _turned(self, action: TurnWorker) -> None:
+        self.reports.turned(action.name, action.address, action.role)
 
     async def _start_anew(self, name: str) -> None:
         try:
@@ -290,7 +284,6 @@ class Controller:
     async def rollout(self, model: str | None, changes: Mapping[str, Any]) -> None:
         """See `revise` and `rollout.begin`."""
         await self._edit(lambda desired: rollout.begin(desired, revise(desired, model, changes)))
-        self._rollout_moved = (None, self._clock.now())
         self.events.add(f"rollout: to revision {self.desired.revision}")
 
     def down(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ...common.clock import Clock
 from ...common.cluster import Phase, ProcessStatus, WorkerStatus
+from ...common.types import Role
 
 LIVES = (Phase.RUNNING, Phase.ENDING)
 RATE_WINDOW = 10
@@ -52,6 +53,13 @@ class Reports:
             voice.counts.append((now, status.load.prompt_tokens, status.load.output_tokens))
         if old != replace(status, load=None):
             self._changed()
+
+    def turned(self, name: str, address: str, role: Role) -> None:
+        """The worker at this address has answered that it has turned; its own word comes within a second."""
+        for voice in self._voices.values():
+            if (voice.status.name, voice.status.address) == (name, address):
+                voice.status = replace(voice.status, role=role.value)
+                self._changed()
 
     def deaf(self) -> None:
         """The controller itself has been away: nobody's silence counts so far."""

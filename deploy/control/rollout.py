@@ -11,8 +11,13 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
+from ...common.cluster import Phase
 from ...common.errors import Conflict
 from .desired import Assignment, Desired, Leaving, Pool, Rollout, add
+from .reconcile import World
+
+STALL_S = 600.0
+"""How long new workers may make no progress before a rollout is taken back."""
 
 
 def begin(desired: Desired, pools: tuple[Pool, ...]) -> Desired:
@@ -60,6 +65,26 @@ def waits_for(desired: Desired, ready: Set[str]) -> tuple[str, ...]:
     if desired.rollout is None:
         return ()
     return tuple(worker.name for worker in _current(desired) if worker.name not in ready)
+
+
+class Patience:
+    """Tells when a rollout has failed: a new worker was given up, or none of them gets any further."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._since = 0.0
+
+    def failure(self, desired: Desired, world: World, ready: Set[str], now: float) -> str:
+        """Why it must be taken back; empty: it need not."""
+        waits = waits_for(desired, ready)
+        words = [world.words.get(name) for name in waits]
+        seen = desired, waits, [None if word is None else (word.state, word.progress) for word in words]
+        if not waits or seen != self._seen:
+            self._seen, self._since = seen, now
+        for name in waits:
+            if name in world.processes and world.processes[name].phase is Phase.GIVEN_UP:
+                return f"{name} cannot be kept running"
+        return f"no progress for {STALL_S:.0f} s" if now - self._since > STALL_S else ""
 
 
 def progress(desired: Desired) -> str:

@@ -22,17 +22,20 @@ TRIES = 3
 
 class Turns:
     """ask       puts the question to the worker at an address, and raises what it refuses with
+    done         hears of a worker that has turned
     start_anew   gives up on turning a worker
     """
 
     def __init__(
         self,
         ask: Callable[[str, Turn], Awaitable[None]],
+        done: Callable[[TurnWorker], None],
         start_anew: Callable[[str], Awaitable[None]],
         events: Events,
         clock: Clock,
     ) -> None:
         self._ask = ask
+        self._done = done
         self._start_anew = start_anew
         self._events = events
         self._clock = clock
@@ -63,6 +66,7 @@ class Turns:
             await self._ask(action.address, Turn(str(action.role), WITHIN_S))
             self.turned += 1
             self._refusals.pop(name, None)
+            self._done(action)
             self._events.add(f"turned {name} to {action.role} in {self._clock.now() - began:.2f} s")
         except BatonError as error:
             await self._refusal(action, error)

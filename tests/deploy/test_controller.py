@@ -280,7 +280,9 @@ async def test_a_worker_is_turned_and_one_that_will_not_is_started_anew(monkeypa
         await controller.report(rig.word("prefill-1"))
         await until(lambda: stream.states.get("prefill-1") == "ready")
         await controller.scale({"prefill": 2, "decode": 1})
-        await until(lambda: controller.turns.turned > 0)
+        await until(lambda: controller.turns.turned == 1)
+        roles = {w.name: w.role for w in controller.status().workers if w.pool == "prefill"}
+        assert set(roles.values()) == {"prefill"}, "its answer counts, though it has not reported yet"
 
 
 async def test_a_rollout_whose_workers_do_not_live_goes_back() -> None:

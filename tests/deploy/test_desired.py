@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.common.cluster import Phase, ProcessStatus, WorkerState, WorkerStatus
 from baton.common.errors import BatonError, Conflict, InvalidRequest
 from baton.common.types import Role
 from baton.deploy.control import rollout
 from baton.deploy.control.desired import Desired, Leaving, anew, drain, gone, load, save, scale
+from baton.deploy.control.reconcile import World
 from tests.deploy.pools import ENGINE, desired, pool
 
 P, D, C = Role.PREFILL, Role.DECODE, Role.COLOCATED
@@ -168,6 +170,22 @@ def test_a_rollout_that_fails_returns_to_what_was() -> None:
     while wanted.rollout is not None:
         wanted = settle(rollout.advance(wanted, everybody(before)))
     assert wanted == before
+
+
+def test_a_rollout_has_failed_when_nothing_moves_for_long_or_a_worker_is_given_up() -> None:
+    wanted, patience = rollout.advance(changed(desired()), everybody(desired())), rollout.Patience()
+    new = max(everybody(wanted) - everybody(desired()))
+
+    def failure(now: float, progress: float = 0.0, phase: Phase = Phase.RUNNING) -> str:
+        word = WorkerStatus(new, "prefill", WorkerState.LOADING, progress=progress)
+        world = World(processes={new: ProcessStatus(new, phase)}, words={new: word})
+        return patience.failure(wanted, world, everybody(desired()), now)
+
+    limit = rollout.STALL_S + 1
+    assert [failure(0.0), failure(limit - 2), failure(limit - 1, progress=0.5)] == ["", "", ""]
+    assert failure(2 * limit - 3, progress=0.5) == ""
+    assert failure(2 * limit, progress=0.5) == "no progress for 600 s"
+    assert failure(2 * limit, 0.6, Phase.GIVEN_UP) == f"{new} cannot be kept running"
 
 
 def test_one_thing_at_a_time() -> None:
