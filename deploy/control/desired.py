@@ -182,8 +182,8 @@ def scale(desired: Desired, counts: Mapping[str, int], held: Mapping[str, int]) 
     """Change the sizes of some pools: by turning workers where that gets closer, then by starting and letting go.
     Returns the steps in words as well.
 
-    held    requests of each worker that is ready. Those that are not ready go first, then those that hold least, then
-            the youngest.
+    held    requests of each worker that is ready. Those that are not ready go first, then those that hold least; of
+            these, those that had been turned, and then the youngest.
 
     Raises `InvalidRequest` where a pool is unknown or would have too many workers, or no worker would prefill or
     decode; `Conflict` during a rollout.
@@ -216,7 +216,7 @@ def scale(desired: Desired, counts: Mapping[str, int], held: Mapping[str, int]) 
 
 def _surplus(desired: Desired, pool: str, count: int, held: Mapping[str, int]) -> list[Assignment]:
     youngest_first = [a for a in desired.staying if a.pool == pool][::-1]
-    by_loss = sorted(youngest_first, key=lambda a: held.get(a.name, -1))
+    by_loss = sorted(youngest_first, key=lambda a: (held.get(a.name, -1), a.worker.role is desired.role(a)))
     return by_loss[: max(0, len(by_loss) - count)]
 
 

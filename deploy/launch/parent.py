@@ -212,10 +212,10 @@ class Parent:
 
 
 def _complete(status: ClusterStatus) -> bool:
-    """Ready means all workers: a cluster that begins to serve with half of them would surprise."""
-    return all(row.state == "ready" for row in status.workers) and len(status.workers) == sum(
-        pool.wanted for pool in status.pools
-    )
+    """Ready means all: a cluster that begins to serve with half of its workers would surprise."""
+    workers = sum(pool.wanted for pool in status.pools)
+    ready = [row.state for row in status.workers] == ["ready"] * workers
+    return ready and all(row.state == "serving" for row in status.gateways)
 
 
 def serve(config: ServeConfig, converter: Callable[[Display], models.Convert]) -> None:

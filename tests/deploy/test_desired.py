@@ -53,6 +53,12 @@ def test_a_turned_worker_keeps_what_it_was_launched_with() -> None:
     assert {a.name: a.worker for a in after.assignments} == {a.name: a.worker for a in before.assignments}
 
 
+def test_a_turned_worker_is_the_first_to_be_turned_back() -> None:
+    before = desired({P: 2, D: 1})
+    turned, _ = scale(before, {"prefill": 1, "decode": 2}, held={})
+    assert scale(turned, {"prefill": 2, "decode": 1}, held={"prefill-1": 0, "decode-0": 0})[0] == before
+
+
 def test_workers_whose_pools_differ_in_more_than_the_role_are_not_turned() -> None:
     for other in (
         pool(D, worker=replace(pool(D).worker, engine=replace(ENGINE, kv_dtype="int8"))),

@@ -111,9 +111,9 @@ def sizes(status: ClusterStatus) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Two prefill workers and one decode worker."""
+    """Two prefill workers and one decode worker, behind two gateways."""
     flags = ("--prefill", "2", "--decode", "1", "--threads", "3", "--max-batch-tokens", "64", "--kv-memory", "128MiB")
-    with running(tmp_path_factory.mktemp("operated"), *flags) as serve:
+    with running(tmp_path_factory.mktemp("operated"), *flags, config="gateways: 2") as serve:
         yield serve
 
 
