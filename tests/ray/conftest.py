@@ -14,7 +14,7 @@ RAY_TIMEOUT_S = 300
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "nodes" in getattr(item, "fixturenames", ()):
+        if "started" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(RAY_TIMEOUT_S))
 
 

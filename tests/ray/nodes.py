@@ -80,6 +80,12 @@ class Loopback:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """Of the nodes, and of the commands about what runs there: another cluster on this machine is not in the way."""
+    own = {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0", "BATON_RUN_DIR": str(folder)}
+    return os.environ | own
+
+
 @dataclass
 class Node:
     """One `ray start`, in the foreground: all processes of the node descend from it."""
@@ -88,20 +94,14 @@ class Node:
     seen: set[psutil.Process] = field(default_factory=set)
 
     @classmethod
-    def start(cls, name: str, log: Path, *flags: str) -> Node:
+    def start(cls, name: str, logs: Path, *flags: str) -> Node:
         """A node with 8 CPUs and 8 of a resource of its own name."""
         resources = json.dumps({name: 8})
         shape = ("--num-cpus", "8", "--resources", resources, "--object-store-memory", str(100 << 20))
         command = [str(BIN / "ray"), "start", "--block", "--node-name", name, *shape, "--disable-usage-stats", *flags]
-        environment = os.environ | {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT / "src"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-        with log.open("ab") as file:
-            process = psutil.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, cwd="/"
-            )
+        env = environment(logs) | {"PYTHONPATH": str(ROOT / "src")}
+        with (logs / f"{name}.log").open("ab") as file:
+            process = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, cwd="/")
         return cls(process)
 
     def look(self) -> None:
@@ -128,10 +128,10 @@ class Nodes:
     """`first`, the head, and `second`, which may be crashed: `whole` starts it again."""
 
     def __init__(self, logs: Path) -> None:
-        self._logs = logs
+        self.logs = logs
         self._temp = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: it becomes part of names of sockets
         head = ("--head", "--port", "6379", "--dashboard-port", "8265", "--temp-dir", self._temp)
-        self.first = Node.start("first", logs / "first.log", *head)
+        self.first = Node.start("first", logs, *head)
         self.second: Node | None = None
 
     def whole(self) -> None:
@@ -141,7 +141,8 @@ class Nodes:
             self.second.end()
             self.second = None
         if self.second is None:
-            self.second = Node.start("second", self._logs / "second.log", "--address", "127.0.0.1:6379")
+            flags = ("--address", "127.0.0.1:6379", "--temp-dir", f"{self._temp}/2")
+            self.second = Node.start("second", self.logs, *flags)
         eventually(lambda: len(alive()) == 2, f"two nodes\n{self._log('second')}", START_TIMEOUT_S)
 
     def end(self) -> None:
@@ -151,7 +152,7 @@ class Nodes:
         shutil.rmtree(self._temp, ignore_errors=True)
 
     def _log(self, name: str) -> str:
-        path = self._logs / f"{name}.log"
+        path = self.logs / f"{name}.log"
         return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
 
