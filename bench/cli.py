@@ -294,8 +294,10 @@ def autoscale(
         done = planning.compare(load, workers, config, shape, status.update)
     console.print(planning.table(done))
     if save:
-        parameters = {"workers": workers, "seed": seed, "shape": asdict(shape), "costs": asdict(planning.COSTS)}
-        parameters |= {"autoscale": asdict(config)} | (window if trace is not None else {})
+        parameters = {
+            "workers": workers, "seed": seed, "window": window if trace is not None else None, "shape": asdict(shape),
+            "costs": asdict(planning.COSTS), "autoscale": asdict(config),
+        }  # fmt: skip
         path = record.write(save, "autoscale", planning.document(done), parameters)
         planning.draw(path.with_suffix(".png"), done)
         console.print(f"wrote results/{path.name} and its plot")

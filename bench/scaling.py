@@ -6,12 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..common.cluster import MAX_SAMPLES, Traffic, WorkerState, WorkerStatus
-from ..common.errors import BatonError
+from ..common.cluster import Traffic, WorkerState, WorkerStatus
 from ..common.types import Role
 from ..deploy.control.observation import observe
 from ..deploy.control.planner import AutoscaleConfig, Decision, Memory, plan
-from ..router.request import RequestState
+from ..router.traffic import Meter
 from .simulate import Simulated, Simulation
 from .workload import Job
 
@@ -46,13 +45,13 @@ class Operator:
     _meter: Meter = field(init=False)
 
     def __post_init__(self) -> None:
-        self._meter = Meter(self.sim)
+        self._meter = Meter(self.sim.world.now)
         self._roles = {name: worker.info.role for name, worker in self.sim.workers.items()}
         self.sim.world.every(TRAFFIC_S, self._look)
         self.sim.world.every(self.config.interval_s, self._decide)
 
     def _look(self) -> None:
-        self._traffic.append(self._meter.window(TRAFFIC_S))
+        self._traffic.append(self._meter.take(self.sim.snapshot(), self.sim.world.now))
         self.worker_seconds += TRAFFIC_S * len(self._roles)
 
     def _decide(self) -> None:
@@ -113,65 +112,6 @@ class Operator:
         words = f"{name} leaves"
         self._under_way.append(words)
         self.sim.end(name, done)
-
-
-@dataclass(slots=True)
-class _Seen:
-    """How far a request was when it was last looked at."""
-
-    started: bool = False
-    answered: bool = False
-    tokens: int = 0
-
-
-class Meter:
-    """Watches the requests of a simulation as a gateway does, and sums up what happened since it last did."""
-
-    def __init__(self, sim: Simulation) -> None:
-        self._sim = sim
-        self._known = 0
-        self._open: dict[RequestState, _Seen] = {}
-
-    def window(self, seconds: float) -> Traffic:
-        """Everything since the last call, which was so many seconds ago."""
-        now, states = self._sim.world.now, list(self._sim.states)
-        new, self._known = states[self._known :], len(states)
-        self._open |= {state: _Seen() for state in new}
-        started = [s for s, seen in self._open.items() if not seen.started and s.prefill_start is not None]
-        answered = [s for s, seen in self._open.items() if not seen.answered and s.first_token is not None]
-        tokens = sum(len(s.output) - seen.tokens for s, seen in self._open.items())
-        ended = [s for s in self._open if s.outcome is not None]
-        for state, seen in self._open.items():
-            seen.started, seen.answered = state.prefill_start is not None, state.first_token is not None
-            seen.tokens = len(state.output)
-        for state in ended:
-            del self._open[state]
-        well = [s for s in ended if not isinstance(s.outcome, BatonError)]
-        silent = [s for s in self._open if s.first_token is None]
-        return Traffic(
-            seconds=seconds,
-            arrived=len(new),
-            prompt_tokens=sum(s.request.prompt_len for s in new),
-            started=len(started),
-            cached_tokens=sum(s.cached_tokens or 0 for s in started),
-            finished=len(well),
-            output_tokens=tokens,
-            failed=len(ended) - len(well),
-            queue_s=_since([(s.received, s.prefill_start) for s in started]),
-            ttft_s=_since([(s.received, s.first_token) for s in answered]),
-            tpot_s=tuple(
-                (s.last_token - s.first_token) / (len(s.output) - 1)
-                for s in well[:MAX_SAMPLES]
-                if s.first_token is not None and s.last_token is not None and len(s.output) > 1
-            ),
-            waiting=sum(1 for s in self._open if s.attempt is None),
-            running=sum(1 for s in self._open if s.attempt is not None),
-            oldest_wait_s=max((now - s.received for s in silent), default=0.0),
-        )
-
-
-def _since(pairs: Sequence[tuple[float, float | None]]) -> tuple[float, ...]:
-    return tuple(end - begin for begin, end in pairs[:MAX_SAMPLES] if end is not None)
 
 
 def autoscaled(

@@ -74,8 +74,7 @@ class Simulation:
         self.world = World()
         self.workers: dict[str, SimWorker] = {}
         """All that ever joined."""
-        self.states: dict[RequestState, Sample] = {}
-        """All requests that were admitted."""
+        self._states: dict[RequestState, Sample] = {}
         self._shape, self._costs = shape, costs
         # A simulated client waits for its turn; being turned away is the gateway's business.
         self._core = RouterCore(
@@ -155,10 +154,14 @@ class Simulation:
         wall = world.now - warm
         rest = world.now + QUIET_S
         world.run(lambda: world.now >= rest, rest + 1)
-        samples = sorted([*self.states.values(), *self._refused], key=lambda sample: sample.start)
+        samples = sorted([*self._states.values(), *self._refused], key=lambda sample: sample.start)
         books = {name: worker.loop.inspect() for name, worker in self.workers.items()}
-        outputs = {state.request.request_id: state.output for state in self.states}
+        outputs = {state.request.request_id: state.output for state in self._states}
         return Simulated(Run(samples, wall), outputs, books, self._core.snapshot())
+
+    def snapshot(self) -> Snapshot:
+        """The router's books now."""
+        return self._core.snapshot()
 
     def _submit(self, number: int, job: Job) -> None:
         assert not isinstance(job.prompt, str), "the simulator has no tokenizer"
@@ -166,7 +169,7 @@ class Simulation:
         request = Request(f"r{number}", job.prompt, len(job.prompt), params, deadline_s=DEADLINE_S)
         sample = Sample(start=self.world.now, prompt_tokens=len(job.prompt))
         try:
-            self.states[self._core.submit(request, self.world.now)] = sample
+            self._states[self._core.submit(request, self.world.now)] = sample
         except BatonError as error:
             sample.end, sample.error = self.world.now, error.code
             self._refused.append(sample)
@@ -187,7 +190,7 @@ class Simulation:
         for name, message in effects.sends:
             self.workers[name].send(message)
         for state in effects.news:
-            self._read(state, self.states[state], self.world.now)
+            self._read(state, self._states[state], self.world.now)
 
     def _read(self, state: RequestState, sample: Sample, now: float) -> None:
         try:

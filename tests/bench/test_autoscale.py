@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from baton.bench.autoscale import COSTS, PLANNER, WHOLE, Load, Phase, compare, document, flip_load, trace_load
-from baton.bench.scaling import Meter, Operator, autoscaled
+from baton.bench.scaling import Operator, autoscaled
 from baton.bench.simulate import Shape, Simulated, Simulation
 from baton.bench.virtual import next_token
 from baton.bench.workload import Job, Words, poisson, random_jobs
 from baton.common.cluster import Traffic
 from baton.common.types import Role
 from baton.deploy.control.planner import AutoscaleConfig
+from baton.router.traffic import Meter
 
 CONFIG = AutoscaleConfig(enabled=True, ttft_s=3.0, tpot_s=0.06)
 SMALL = (
@@ -121,8 +122,8 @@ def test_more_load_than_the_fleet_can_take_starts_workers_and_they_leave_again()
 def test_traffic_adds_up_to_what_was_sent():
     jobs = steady(60)
     sim = Simulation(Shape(prefill=1, decode=1), COSTS)
-    meter, windows = Meter(sim), list[Traffic]()
-    sim.world.every(1.0, lambda: windows.append(meter.window(1.0)))
+    meter, windows = Meter(0.0), list[Traffic]()
+    sim.world.every(1.0, lambda: windows.append(meter.take(sim.snapshot(), sim.world.now)))
     done = sim.run(jobs, 1000.0)
     for name, total in (
         ("arrived", 60), ("started", 60), ("finished", 60), ("failed", 0),
