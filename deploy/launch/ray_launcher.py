@@ -33,7 +33,7 @@ from ...common.errors import BatonError
 from .launcher import Spec
 from .ray_actor import WorkerHost
 from .ray_placement import Node, Place, choose, complaint, needs, survey
-from .ray_process import RayProcess, first_line, within
+from .ray_process import RayProcess, first_line, own_line, within
 
 KNOCK_S = 5.0
 CALL_S = 30.0
@@ -200,7 +200,7 @@ class RayLauncher:
             room.place = replace(room.place, node=node.id)
         why = complaint(nodes, room.place.needs)
         if node is None:
-            self._log(room.name, f"waits for resources: {why}")
+            self._log(room.name, own_line(room.name, f"waits for resources: {why}"))
         await self._ray(room.take)
         deadline = self._clock.now() + self._place_s
         while not (found := await self._ray(room.node)):
@@ -230,4 +230,4 @@ class RayLauncher:
         try:
             await self._ray(room.give_back)
         except OSError as error:
-            self._log(room.name, f"its placement group is not given back: {error}")
+            self._log(room.name, own_line(room.name, f"its placement group is not given back: {error}"))

@@ -8,6 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError
@@ -67,10 +68,10 @@ class RayProcess:
                     self._take(line)
         except RayError as error:
             self.lost()
-            self._take(f"lost with its Ray actor on {self.node}: {first_line(error)}")
+            self._take(own_line(self.name, f"lost with its Ray actor on {self.node}: {first_line(error)}"))
             code = -signal.SIGKILL
         except asyncio.CancelledError:  # by `_kill`
-            self._take(f"killed with its Ray actor on {self.node}, which did not answer")
+            self._take(own_line(self.name, f"killed with its Ray actor on {self.node}, which did not answer"))
             code = -signal.SIGKILL
         await self.give_back()
         return code
@@ -95,6 +96,11 @@ class RayProcess:
         self.last_lines.append(line)
         with contextlib.suppress(OSError):  # a full disk must not stop the reading
             self.log(self.name, line)
+
+
+def own_line(name: str, text: str) -> str:
+    """What is said of a worker, in the form of what workers log (`common/log.py`)."""
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"[:-3] + f" {name} warning {text}"
 
 
 def first_line(error: BaseException) -> str:

@@ -88,6 +88,8 @@ class Supervisor:
             return
         if self._process is not None:
             self._process.terminate()
+        else:  # it waits for its next start, or for a place: nothing is there that would hear of it
+            self._task.cancel()
         hurried = asyncio.create_task(hurry.wait())
         await asyncio.wait({self._task, hurried}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()

@@ -167,3 +167,23 @@ async def test_what_cannot_be_started_says_why() -> None:
     supervisor.start()
     await stage.until("gave up")
     assert stage.heard == ["ended cannot start: no node has a GPU"] * 2 + ["gave up cannot start: no node has a GPU ()"]
+
+
+async def test_stopping_does_not_wait_for_a_start() -> None:
+    stage, begun, cleaned = Stage(), asyncio.Event(), asyncio.Event()
+
+    async def start(spec: Spec) -> Pretended:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaned.set()
+        raise AssertionError
+
+    stage.start = start  # type: ignore[method-assign]
+    supervisor = Supervisor(SPEC, stage, stage, AT_ONCE, ManualClock())
+    supervisor.start()
+    await begun.wait()
+    async with asyncio.timeout(10):
+        await supervisor.stop(3600.0, asyncio.Event())
+    assert cleaned.is_set() and stage.heard == []

@@ -143,7 +143,7 @@ async def test_a_worker_ends_with_its_actor_and_says_so(launcher: RayLauncher) -
     child = psutil.Process(process.pid)
     child.parent().kill()
     assert await code_of(process) == -signal.SIGKILL
-    assert process.last_lines[-1].startswith(f"lost with its Ray actor on {process.node}: ")
+    assert f" lost-0 warning lost with its Ray actor on {process.node}: " in process.last_lines[-1]
     eventually(lambda: ended(child), "the child is gone")
 
 
