@@ -90,7 +90,7 @@ class Controller:
         self.gateways = Gateways(clock, self._wake.set, version=time.time_ns() >> 20)
         self.autoscaler = Autoscaler()
         self.turns = Turns(turn, self._turned, self._start_anew, self.events, clock)
-        self.was_ready = False
+        self._was_ready = False
 
     # --- ControllerService -------------------------------------------------------------------------------------------
 
@@ -307,10 +307,10 @@ class Controller:
         roles = {self.desired.role(a) for a in self.desired.assignments if a.name in serving(self.desired, world)}
         pair = any(role.prefills for role in roles) and any(role.decodes for role in roles)
         if pair and self.gateways.present:
-            self.was_ready = True
+            self._was_ready = True
             return "ready"
         failed = any(p.phase is Phase.GIVEN_UP for p in world.processes.values())
-        return "unhealthy" if failed or self.was_ready else "loading"
+        return "unhealthy" if failed or self._was_ready else "loading"
 
     def status(self) -> ClusterStatus:
         """Everything at this moment."""

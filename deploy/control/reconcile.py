@@ -92,8 +92,8 @@ def departing(desired: Desired, world: World) -> frozenset[str]:
 
 
 def members(desired: Desired, world: World) -> tuple[WorkerStatus, ...]:
-    """The workers as gateways shall see them: what each says of itself, but that one which is about to leave or to turn
-    takes nothing new. Without loads, which change all the time."""
+    """The workers as gateways shall see them: what each says of itself, but that one which is about to leave or to turn,
+    or is being ended, takes nothing new. Without loads, which change all the time."""
     depart = departing(desired, world)
     rows = []
     for assignment in desired.assignments:
@@ -101,7 +101,7 @@ def members(desired: Desired, world: World) -> tuple[WorkerStatus, ...]:
         if word is None:
             continue
         state = word.state
-        if state is WorkerState.READY and assignment.name in depart:
+        if state is WorkerState.READY and (assignment.name in depart or not world.is_ready(assignment.name)):
             state = WorkerState.DRAINING if assignment.leaving is Leaving.FINISH else WorkerState.LEAVING
         rows.append(replace(word, state=state, load=None, progress=0.0))
     return tuple(rows)

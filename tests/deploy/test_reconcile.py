@@ -152,6 +152,7 @@ def test_another_configuration_ends_the_old_process_first() -> None:
     assert (end.name, end.within_s) == ("decode-0", 65.0)
     fleet.processes["decode-0"] = replace(fleet.processes["decode-0"], phase=Phase.ENDING)
     assert reconcile(wanted, fleet.world) == ()
+    assert states(wanted, fleet)["decode-0"] == "leaving", "before it says so itself"
 
 
 def test_what_nobody_wants_ends() -> None:
