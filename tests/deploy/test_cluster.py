@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,3 +44,11 @@ def test_workers_that_come_later_get_the_smallest_share_of_threads() -> None:
 def test_the_planner_is_set_up_as_asked() -> None:
     asked = [Setting("autoscale.enabled", True, ""), Setting("autoscale.ttft_s", 3, "")]
     assert desired_state(resolve(asked), PLACE).autoscale == AutoscaleConfig(enabled=True, ttft_s=3.0)
+
+
+def test_neither_parent_nor_controller_loads_torch_or_ray() -> None:
+    modules = "baton.deploy.launch.parent, baton.deploy.control.main"
+    code = f"import sys, {modules}; print(' '.join({{m.partition('.')[0] for m in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=100)
+    assert "grpc" in done.stdout.split(), done
+    assert not {"torch", "ray", "transformers", "numba", "triton"} & set(done.stdout.split())
