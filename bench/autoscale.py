@@ -50,12 +50,12 @@ class Phase:
 TRACE_PARTS = 4
 PROMPTS, ANSWERS = (5.0, 800, 24), (8.0, 48, 160)
 FLIP = (
-    Phase("settling", 40, *PROMPTS, counted=False),
-    Phase("before: long prompts", 80, *PROMPTS),
+    Phase("settling", 30, *PROMPTS, counted=False),
+    Phase("before: long prompts", 60, *PROMPTS),
     Phase("during: the flip's first 40 s", 40, *ANSWERS),
-    Phase("after: long answers", 80, *ANSWERS),
+    Phase("after: long answers", 50, *ANSWERS),
     Phase("during: back, first 40 s", 40, *PROMPTS),
-    Phase("after: long prompts again", 60, *PROMPTS),
+    Phase("after: long prompts again", 50, *PROMPTS),
 )
 
 
