@@ -32,7 +32,7 @@ from baton.deploy.launch.launcher import Envelope
 envelope = from_json(read_line(), Envelope)
 die_with(envelope.parent)
 config = from_json(bytes(envelope.config), WorkerConfig)
-print("I am", config.name, "at", config.host, os.environ["OMP_NUM_THREADS"], flush=True)
+print("I am", config.name, "at", config.host, os.environ["OMP_NUM_THREADS"], os.nice(0), flush=True)
 if config.model_name == "flood":
     print(*("line %d" % i for i in range(20_000)), sep="\\n")
     sys.exit(7)
@@ -106,7 +106,7 @@ async def test_pools_are_spread_or_packed_and_workers_are_heard(launcher: RayLau
     special = await launcher.start(spec("special-0", ranks=2, custom=(("second", 1.0),), cpus=0.5))
     assert special.node == "second"
     for name in ("decode-1", "special-0"):
-        assert await log.has(name, "I am") == f"I am {name} at 127.0.0.1 1"
+        assert await log.has(name, "I am") == f"I am {name} at 127.0.0.1 1 0"
     assert sorted(groups()) == sorted([*names, "packed-0", "packed-1", "special-0"])
     for process in spread:
         process.terminate()
@@ -114,7 +114,7 @@ async def test_pools_are_spread_or_packed_and_workers_are_heard(launcher: RayLau
         process.kill()
     assert [await code_of(p) for p in spread] == [-signal.SIGTERM] * 4
     assert [await code_of(p) for p in (*packed, special)] == [-signal.SIGKILL] * 3
-    assert "I am special-0 at 127.0.0.1 1" in special.last_lines
+    assert "I am special-0 at 127.0.0.1 1 0" in special.last_lines
 
 
 async def test_a_flood_of_lines_is_cut_and_the_last_words_and_the_exit_code_arrive(
