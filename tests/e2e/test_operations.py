@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from safetensors.torch import load_file, save_file
 
+from baton.deploy import models
 from baton.deploy.control.status import ClusterStatus
 from tests.e2e.cluster import Answer, Cluster, connected, running
 from tests.e2e.prompts import ALL, LONG, Prompt
-from tests.e2e.reference import Judge
+from tests.e2e.reference import Judge, Tokens
 from tests.e2e.serving import Serve
 
 pytestmark = pytest.mark.timeout(300)
@@ -36,6 +40,8 @@ class Load:
 
     cluster: Cluster
     finished: list[tuple[Prompt, Answer]] = field(default_factory=list)
+    whose: list[int] = field(default_factory=list)
+    """In the end, how many answers each judge agrees with."""
 
     async def client(self, number: int) -> None:
         for turn in itertools.count(number):
@@ -43,9 +49,22 @@ class Load:
             answer = await self.cluster.ask(prompt, stream=True, max_tokens=TOKENS)
             self.finished.append((prompt, answer))
 
+    def check(self, judges: Sequence[Judge]) -> list[int]:
+        """Every answer is the reference's; with several, that of one of them from its first token to its last. Returns
+        how many answers are whose."""
+        pairs: list[list[tuple[Tokens, Tokens]]] = [[] for _ in judges]
+        for prompt, answer in self.finished:
+            assert len(answer.tokens) == TOKENS
+            pair = judges[0].encode(prompt), tuple(answer.tokens)
+            whose = [number for number, judge in enumerate(judges[:-1]) if not judge.verdict(*pair).wrong]
+            pairs[whose[0] if whose else -1].append(pair)
+        for judge, answers in zip(judges, pairs, strict=True):
+            judge.check(answers)
+        return list(map(len, pairs))
+
 
 @asynccontextmanager
-async def under_load(cluster: Cluster, judge: Judge) -> AsyncIterator[Load]:
+async def under_load(cluster: Cluster, *judges: Judge) -> AsyncIterator[Load]:
     """`STREAMS` clients, before, during and after what is done here; then every answer is looked at."""
     load = Load(cluster)
     clients = [asyncio.create_task(load.client(number)) for number in range(STREAMS)]
@@ -57,8 +76,7 @@ async def under_load(cluster: Cluster, judge: Judge) -> AsyncIterator[Load]:
         for client in clients:
             client.cancel()
         await asyncio.wait(clients)
-    assert {len(answer.tokens) for _, answer in load.finished} == {TOKENS}
-    judge.check([(judge.encode(prompt), tuple(answer.tokens)) for prompt, answer in load.finished])
+    load.whose = load.check(judges)
 
 
 async def more(load: Load, clients: list[asyncio.Task[None]]) -> None:
@@ -100,6 +118,12 @@ class Operator:
     async def drain(self, worker: str, now: bool) -> None:
         body = {"worker": worker, "now": now}
         await self.do("/v1/drain", body, lambda status: worker not in {w.name for w in status.workers})
+
+    async def rollout(self, body: dict[str, Any]) -> None:
+        new = (await self.status()).revision + 1
+        await self.do(
+            "/v1/rollout", body, lambda s: s.revision == new and not s.rollout and -1 not in sizes(s).values()
+        )
 
 
 def sizes(status: ClusterStatus) -> dict[str, int]:
@@ -182,14 +206,31 @@ async def test_pools_scale_and_workers_drain(cluster: Cluster, operator: Operato
     assert sizes(await operator.status()) == {"prefill": 1, "decode": 1}
 
 
-async def test_a_rollout(cluster: Cluster, operator: Operator, judge: Judge, serve: Serve) -> None:
-    before = {w.name for w in (await operator.status()).workers}
+async def test_a_rollout(cluster: Cluster, operator: Operator, judge: Judge) -> None:
+    before = await operator.status()
     async with under_load(cluster, judge):
-        done: Callable[[ClusterStatus], bool] = lambda status: (  # noqa: E731
-            status.revision == 2 and not status.rollout and -1 not in sizes(status).values()
-        )
-        await operator.do("/v1/rollout", {"set": {"engine.max_running": 64}}, done)
+        await operator.rollout({"set": {"engine.max_running": 64}})
     after = await operator.status()
-    assert not before & {w.name for w in after.workers}
-    assert {w.revision for w in after.workers} == {2}
-    assert sizes(after) == {"prefill": 1, "decode": 1}
+    assert not {w.pid for w in before.workers} & {w.pid for w in after.workers}
+    assert {w.revision for w in after.workers} == {after.revision}
+    assert sizes(after) == sizes(before)
+
+
+@pytest.fixture(scope="module")
+def others(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's folder with slightly other weights."""
+    gguf = models.find("demo").gguf
+    assert gguf is not None
+    folder = shutil.copytree(models.cached_folder(gguf), tmp_path_factory.mktemp("weights") / "other")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.12.mlp.down_proj.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+async def test_a_rollout_of_other_weights(cluster: Cluster, operator: Operator, judge: Judge, others: Path) -> None:
+    """No answer is begun by one model and ended by the other."""
+    async with under_load(cluster, judge, Judge.load(others)) as load:
+        await operator.rollout({"model": str(others)})
+    print(f"answers by the old weights and by the new: {load.whose}")
+    assert min(load.whose) >= STREAMS
