@@ -294,7 +294,7 @@ class SimWorker:
                 self.post(RouterGone(ROUTER))
             done(turned)
 
-        self._later(lambda: self.post(Recast(lambda: self._cast.play(role), TURN_WITHIN_S, reply)))
+        self._later(lambda: self.post(Recast(lambda: self._cast.play(role), self.clock.now() + TURN_WITHIN_S, reply)))
 
     def joined(self) -> None:
         """The router's line stands again."""

@@ -44,7 +44,7 @@ class EngineLoop:
         self._deliver = deliver
         self._kv_seq = 0
         self._failures = 0
-        self._recasts: list[tuple[Recast, float]] = []
+        self._recasts: list[Recast] = []
         self.last_round = clock.now()
         self.last_load = self.load()
         """For heartbeats, on any thread: a round that only frees something changes the load and has nothing to say."""
@@ -64,7 +64,7 @@ class EngineLoop:
                 case Inspect(reply):
                     reply(self.inspect())
                 case Recast():
-                    self._recasts.append((item, now + item.within_s))
+                    self._recasts.append(item)
                 case RouterJoined(router):
                     self.context.outbox.routers.add(router)
                     self._tell_cache(router)
@@ -77,21 +77,21 @@ class EngineLoop:
                         role.receive(item, now)
         for role in self.roles:
             role.tick(now)
-        if self._recasts:
-            self._recast(now)
         computed = self._compute(now)
         self._tell_changes()
         self._tell()
+        if self._recasts:  # last: what the old role had to say is on its way
+            self._recast(now)
         return computed
 
     def _recast(self, now: float) -> None:
         """Between two roles nothing may be held: the one would not know what the other has begun."""
         held = any(role.waiting or role.running or role.handovers for role in self.roles)
-        for entry in [e for e in self._recasts if not held or now >= e[1]]:
-            self._recasts.remove(entry)
-            if not held:
-                self.roles = entry[0].cast()
-            entry[0].reply(not held)
+        for recast in [r for r in self._recasts if not held or now >= r.until]:
+            self._recasts.remove(recast)
+            if in_time := now < recast.until:  # who slept over it does not do it late: nobody expects it any more
+                self.roles = recast.cast()
+            recast.reply(in_time)
 
     def _compute(self, now: float) -> bool:
         plan = StepPlan(self.context.limits.max_batch_tokens)

@@ -98,10 +98,10 @@ class Inspect:
 @dataclass(frozen=True, slots=True)
 class Recast:
     """Change the worker's role: run the policies that `cast` makes, from the first moment on at which nothing is held,
-    within `within_s`. `reply` is called on the loop's thread: whether there was such a moment."""
+    if that comes before `until`, on the loop's clock. `reply` is called on the loop's thread: whether it came."""
 
     cast: Callable[[], Sequence[Role]]
-    within_s: float
+    until: float
     reply: Callable[[bool], None]
 
 

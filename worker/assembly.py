@@ -173,9 +173,8 @@ class Worker:
         if role is self.role:
             return
         self._turning = turned
-        self.inbox.post(
-            Recast(lambda: self._cast.play(role), order.within_s, lambda ok: self._post(self._turned, role, ok))
-        )
+        until = self._clock.now() + order.within_s
+        self.inbox.post(Recast(lambda: self._cast.play(role), until, lambda ok: self._post(self._turned, role, ok)))
         try:
             async with asyncio.timeout(order.within_s + CHECK_TIMEOUT_S):
                 await asyncio.shield(turned)

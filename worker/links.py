@@ -61,9 +61,10 @@ class Line(Generic[T]):
         self._cut = ""
 
     def put(self, message: T) -> None:
+        """Nothing more, once the line is cut: what follows a gap means nothing."""
         if len(self._queue) >= MAX_QUEUED:
             self.cut(f"{MAX_QUEUED} messages wait for the other end")
-        else:
+        if not self._cut:
             self._queue.append(message)
             self._wake.set()
 
@@ -93,7 +94,7 @@ class Line(Generic[T]):
                         await stream.write(message)
                 except TimeoutError as error:
                     raise WorkerLost("the other end does not read") from error
-            if self._cut:
+            if self._cut and not self._queue:
                 raise WorkerLost(self._cut)
 
 
@@ -152,8 +153,8 @@ class RouterLines:
         if hello.worker_epoch not in (0, self._info.ref.epoch):
             raise StaleEpoch(f"{self._info.ref.name} has been restarted")
         router = f"{hello.router}@{hello.router_epoch:x}"
-        await stream.write(self._info)
         line: Line[FromWorker] = Line()
+        line.put(self._info)  # by the line, which is cut where this is not true any more
         if router in self._lines:
             self._inbox.post(RouterGone(router))
         self._lines[router] = line

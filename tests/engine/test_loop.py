@@ -14,7 +14,7 @@ from baton.common.hashing import BlockHasher
 from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
-from baton.engine.mailbox import Inbox, Mail, Outbox
+from baton.engine.mailbox import Inbox, Mail, Outbox, Recast
 from baton.engine.plan import OnLayer, Runner, Sampled, StepPlan
 from baton.engine.role import Context, Limits
 from baton.engine.sequence import Sequence
@@ -98,3 +98,47 @@ def test_a_step_that_fails_is_not_the_end() -> None:
     loop = decoding(Failing(EngineFailure("out of memory")), ManualClock(), [])
     assert loop.step()
     assert not loop.step()
+
+
+def recast(loop: EngineLoop, until: float) -> list[bool]:
+    """Ask for another role until then; what is answered."""
+    said: list[bool] = []
+    loop.inbox.post(Recast(list, until, said.append))
+    return said
+
+
+def test_roles_change_when_nothing_is_held_or_not_at_all() -> None:
+    clock = ManualClock()
+    loop = decoding(Timed(clock, [0.1] * 10), clock, [])
+    said, roles = recast(loop, until=clock.now() + 0.25), loop.roles
+    for _ in range(3):
+        loop.step()
+    assert said == [] and loop.roles is roles
+    loop.step()
+    assert said == [False] and loop.roles is roles
+    loop = decoding(Timed(clock, []), clock, [], streams=0)
+    said = recast(loop, until=clock.now() + 0.25)
+    loop.step()
+    assert said == [True] and loop.roles == []
+
+
+def test_a_loop_that_slept_over_its_time_to_change_does_not_change() -> None:
+    """Whoever asked has given up meanwhile, and may have asked for something else."""
+    clock = ManualClock()
+    loop = decoding(Timed(clock, []), clock, [], streams=0)
+    said, roles = recast(loop, until=clock.now() + 1.0), loop.roles
+    clock.advance(2.0)
+    loop.step()
+    assert said == [False] and loop.roles is roles
+
+
+def test_what_the_old_role_has_to_say_goes_out_before_the_new_one_is_announced() -> None:
+    """The announcement ends the sessions with routers."""
+    clock, order = ManualClock(), list[object]()
+    loop = decoding(Timed(clock, []), clock, [])
+    loop._deliver = order.append
+    loop.inbox.post(Recast(list, 3e9, order.append))
+    clock.advance(2e9)  # the deadline of the one request that runs
+    loop.step()
+    last, turned = order
+    assert isinstance(last, Mail) and last.reports["router"].failed and turned is True

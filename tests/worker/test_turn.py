@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from baton.common.config import RouterConfig
-from baton.common.errors import DeadlineExceeded, InvalidRequest, NotReady
-from baton.common.messages import Turn
-from baton.common.types import Role
+from baton.common.errors import DeadlineExceeded, InvalidRequest, NotReady, WorkerLost
+from baton.common.messages import Hello, Turn
+from baton.common.types import Role, WorkerInfo
+from baton.protos.convert import FromRouter, FromWorker
 from baton.protos.rpc import Peer
 from baton.router.service import Router
 from baton.worker.assembly import Worker
@@ -186,3 +187,32 @@ async def test_a_prompt_that_comes_too_late_is_refused_and_goes_elsewhere(house:
     await asyncio.gather(*(answer(router, prompt(seed), 5) for seed in range(6)))
     stats = router.snapshot().stats
     assert set(stats.retries) == {"wrong_role"} and stats.failed == {}
+
+
+async def test_a_router_that_joins_while_it_turns_does_not_keep_the_old_role(house: House) -> None:
+    worker = await house.worker("a-0", Role.PREFILL)
+    told: list[FromWorker] = []
+    may_be_written = asyncio.Event()
+
+    class Joining:
+        """A router that is being told who this is when the role changes."""
+
+        def __init__(self) -> None:
+            self._said: list[FromRouter] = [Hello("late", 1, worker.ref.epoch)]
+
+        async def read(self) -> FromRouter | None:
+            return self._said.pop() if self._said else await asyncio.get_running_loop().create_future()
+
+        async def write(self, message: FromWorker) -> None:
+            told.append(message)
+            await may_be_written.wait()
+
+    session = asyncio.create_task(worker.session(Joining()))
+    async with asyncio.timeout(5):
+        while not told:
+            await asyncio.sleep(0.01)
+        await turn(worker, "decode")
+        may_be_written.set()
+        with pytest.raises(WorkerLost, match="decode worker now"):
+            await session
+    assert isinstance(told[0], WorkerInfo) and told[0].role is Role.PREFILL
