@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..common.messages import Load, TokenOut
-from ..common.types import Role, WorkerInfo, WorkerRef
+from ..common.types import Role, WorkerInfo
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Attempt:
     begins: int = 0
     begun: bool = False
     source: bool = True
-    moving: WorkerRef | None = None
+    moving: Worker | None = None
     """Where it is on its way to, while it runs."""
     early: list[TokenOut] = field(default_factory=list)
     """What came from there ahead of what it left says last."""
@@ -39,7 +39,7 @@ class Attempt:
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """One incarnation of a worker with which a session stands.
+    """One session with one incarnation of a worker. What it had of us by an earlier session, it has given up.
 
     A load report lags by a step, and this router's own books know nothing of other routers; so each quantity is the
     larger of what the worker reports and what this router has there.

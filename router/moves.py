@@ -32,7 +32,7 @@ def due(fleet: Fleet, tickets: Mapping[int, RequestState], now: float) -> Iterat
             target = choose_decode(alike, Demand(state.position, left), attempt.ticket)
             if target is None:
                 continue
-            attempt.moving = target.info.ref
+            attempt.moving = target
             yield worker.name, Move(attempt.ticket, target.info.ref)
 
 
@@ -43,10 +43,10 @@ def _movable(attempt: Attempt, now: float) -> bool:
 
 
 def arrived(fleet: Fleet, attempt: Attempt) -> Worker | None:
-    """A request has been taken by the worker that it was moved to. None if that incarnation has gone since."""
-    assert attempt.moving is not None
-    target = fleet.workers.get(attempt.moving.name)
-    if target is None or target.info.ref != attempt.moving:
+    """A request has been taken by the worker that it was moved to. None if our session with it has ended since: then it
+    has not kept it, even if it is back."""
+    target = attempt.moving
+    if target is None or fleet.workers.get(target.name) is not target:
         return None
     fleet.moved(attempt, target)
     return target

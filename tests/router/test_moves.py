@@ -97,6 +97,17 @@ def test_a_target_that_is_gone_when_it_has_taken_it_is_a_lost_worker(moving: Mov
     assert driver.core.snapshot().stats.retries == {"worker_lost": 1}
 
 
+def test_a_target_that_came_anew_has_not_kept_it(moving: Moving) -> None:
+    """The session with it broke, and stands again: the same incarnation, which has dropped all that it had of us."""
+    driver, ticket = moving.driver, moving.ticket
+    driver.core.set_draining((), ())
+    driver.up("e", Role.DECODE)
+    driver.report("d", handed_over=(HandedOver(ticket),))
+    assert moving.state.attempt.ticket != ticket  # type: ignore[union-attr]
+    assert ("e", Cancel(ticket)) in driver.sent
+    assert driver.core.snapshot().stats.retries == {"worker_lost": 1}
+
+
 def test_the_source_dies_on_the_way_and_both_are_told_to_forget(moving: Moving) -> None:
     moving.driver.lose("d")
     assert ("e", Cancel(moving.ticket)) in moving.driver.sent
