@@ -34,7 +34,7 @@ def build(service: Service) -> ASGIApp:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
     _describe_bodies(app)
-    return Door(app, service.config.api_keys)
+    return Door(app, service.config.api_keys, lambda: service.draining)
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:

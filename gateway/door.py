@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -25,10 +25,12 @@ _OPEN = frozenset(("/health", "/ready", "/metrics", "/version", "/docs", "/opena
 
 class Door:
     """Wraps the application. It leaves a `Caller` in the scope's state, under "caller", and answers every request with
-    its `x-request-id`."""
+    its `x-request-id`. While it is `closing`, each answer is the last on its connection: a client that keeps one comes
+    anew, and the port may have other gateways."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], closing: Callable[[], bool]) -> None:
         self._app = app
+        self._closing = closing
         self._keys = tuple(key.encode() for key in api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +43,10 @@ class Door:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = name
+                answer = MutableHeaders(scope=message)
+                answer["x-request-id"] = name
+                if self._closing():
+                    answer["connection"] = "close"
             await send(message)
 
         try:

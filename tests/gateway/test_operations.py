@@ -98,6 +98,7 @@ async def test_ready_says_why(gateway: Gateway, http: httpx.AsyncClient) -> None
 
 
 async def test_draining_takes_nothing_new_and_waits(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    assert "connection" not in (await http.get("/ready")).headers
     running = asyncio.create_task(http.post("/v1/completions", json={**PLAIN, "max_tokens": 2}))
     await wait_for(lambda: bool(gateway.router.streams))
     drained = asyncio.create_task(gateway.service.drain())
@@ -106,6 +107,7 @@ async def test_draining_takes_nothing_new_and_waits(gateway: Gateway, http: http
     refused = await http.post("/v1/completions", json=PLAIN)
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1
+    assert refused.headers["connection"] == "close", "the next try would come to this gateway again"
     assert not drained.done()
     gateway.router.streams[0].emit(50, 51)
     assert (await running).status_code == 200
