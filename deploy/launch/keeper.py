@@ -6,15 +6,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from ...common.clock import Clock
 from ...common.cluster import End, Launch, LogLines, LogQuestion, Phase, Processes, ProcessStatus
 from ...common.config import from_json
-from ...common.errors import BatonError, Conflict, InvalidRequest, NotReady
+from ...common.errors import Conflict, InvalidRequest, NotReady
 from .launcher import KINDS, Launcher, Process, Resources, Spec
 from .logs import LogTails
-from .runfile import write_private
 from .supervisor import RestartPolicy, Supervisor
 
 
@@ -50,7 +48,8 @@ class Keeper:
     launchers   by kind of process; `""` for all other kinds
     note        gets what people should know, one line each
     lost        hears of processes that were given up
-    saved       what `load` answers before anything was saved; with `file`, what is saved is written there as well
+    saved       what `load` answers before anything was saved. What is saved stays in memory: it has to outlive the
+                controller, and no process of the cluster outlives this one
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class Keeper:
         note: Callable[[str], None],
         lost: Callable[[Loss], None],
         saved: bytes = b"",
-        file: Path | None = None,
     ) -> None:
         self._launchers = launchers
         self._logs = logs
@@ -71,7 +69,6 @@ class Keeper:
         self._note = note
         self._lost = lost
         self._saved = saved
-        self._file = file
         self._kept: dict[str, _Kept] = {}
         self._version = 0
         self._changed = asyncio.Event()
@@ -140,12 +137,6 @@ class Keeper:
         return self._logs.tail(question)
 
     async def save(self, data: bytes) -> None:
-        """Raises `BatonError` if it cannot be written; then the old state stays."""
-        if self._file is not None:
-            try:
-                write_private(self._file, data)
-            except OSError as error:
-                raise BatonError(f"cannot write {self._file}: {error.strerror}") from error
         self._saved = data
 
     async def load(self) -> bytes:

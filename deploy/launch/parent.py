@@ -57,7 +57,6 @@ class Plan:
     desired: Desired
     door: Port
     admin: Port
-    state: Path | None = None
 
     @property
     def gateway(self) -> GatewayConfig:
@@ -94,7 +93,6 @@ class Parent:
             note=display.note,
             lost=self._lost,
             saved=save(plan.desired),
-            file=plan.state,
         )
 
     async def run(self) -> None:
@@ -248,9 +246,7 @@ def serve(config: ServeConfig, converter: Callable[[Display], models.Convert]) -
         )
         own = tuple(claim_port(config.host, 0) for _ in range(config.gateways) if config.gateways > 1)
         place = Place(folder, name, f"{host}:{control.port}", door.port, token, tuple(port.port for port in own))
-        plan = Plan(
-            controller=controller, desired=desired_state(config, place), door=door, admin=admin, state=claim.state
-        )
+        plan = Plan(controller=controller, desired=desired_state(config, place), door=door, admin=admin)
         claim.publish(RunFile(config.name, os.getpid(), admin.url, controller.admin_token))
         asyncio.run(Parent(plan, local, workers, logs, display).run())
     finally:

@@ -60,22 +60,16 @@ class Claim:
             who = f" (process {other.pid})" if other is not None else ""
             raise BatonError(f"a cluster named {name!r} runs already{who}: give this one another --name") from error
 
-    @property
-    def state(self) -> Path:
-        """A file beside it, for what the controller saves."""
-        return self._path.with_suffix(".state")
-
     def publish(self, run: RunFile) -> None:
         """Let commands find the cluster. Raises `BatonError`."""
         try:
-            write_private(self._path, to_json(run))
+            _write_private(self._path, to_json(run))
         except OSError as error:
             raise BatonError(f"cannot write {self._path}: {error.strerror}") from error
 
     def release(self) -> None:
         """The cluster has ended."""
         self._path.unlink(missing_ok=True)
-        self.state.unlink(missing_ok=True)
         self._lock.close()
 
 
@@ -85,7 +79,7 @@ def _path(name: str) -> Path:
     return run_dir() / f"{name}.json"
 
 
-def write_private(file: Path, data: bytes) -> None:
+def _write_private(file: Path, data: bytes) -> None:
     """All of it or nothing, for this user's eyes only. Raises `OSError`."""
     draft = file.with_suffix(".draft")
     with contextlib.suppress(FileNotFoundError):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import stat
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +10,7 @@ from baton.common.child import EXIT_CONFIG
 from baton.common.clock import RealClock
 from baton.common.cluster import End, Launch, LogQuestion, Phase, ProcessStatus
 from baton.common.config import GatewayConfig
-from baton.common.errors import BatonError, Conflict, InvalidRequest, NotReady
+from baton.common.errors import Conflict, InvalidRequest, NotReady
 from baton.deploy.control.desired import launch_order
 from baton.deploy.launch.keeper import Keeper, Loss
 from baton.deploy.launch.launcher import Resources
@@ -30,7 +28,7 @@ def order(name: str = "gateway-0", port: int = 1) -> Launch:
 class House:
     """A keeper over a stage, and what it said."""
 
-    def __init__(self, file: Path | None = None, **fails: int) -> None:
+    def __init__(self, **fails: int) -> None:
         self.stage = Stage(fails={name.replace("_", "-"): code for name, code in fails.items()})
         self.notes: list[str] = []
         self.losses: list[Loss] = []
@@ -38,7 +36,7 @@ class House:
         policy = RestartPolicy(first_delay_s=0.01, max_delay_s=0.01, max_deaths=3)
         clock = RealClock()
         self.keeper = Keeper(
-            {"": self.stage}, self.logs, policy, clock, self.notes.append, self.losses.append, b"first", file
+            {"": self.stage}, self.logs, policy, clock, self.notes.append, self.losses.append, b"first"
         )
 
     def row(self, name: str = "gateway-0") -> ProcessStatus:
@@ -135,8 +133,8 @@ async def test_orders_that_make_no_sense_are_refused() -> None:
     assert house.keeper.processes.processes == ()
 
 
-async def test_over_the_wire_the_controller_follows_each_change_and_finds_its_state_again(tmp_path: Path) -> None:
-    house = House(tmp_path / "default.state")
+async def test_over_the_wire_the_controller_follows_each_change_and_finds_its_state_again() -> None:
+    house = House()
     server = make_server("secret", parent_handlers(house.keeper))
     peer = Peer(listen(server, "127.0.0.1", 0), "secret")
     await server.start()
@@ -157,15 +155,6 @@ async def test_over_the_wire_the_controller_follows_each_change_and_finds_its_st
         assert (await client.tail(LogQuestion("gateway-0", -5, 10))).lines == ("a line",)
         await peer.close()
         await server.stop(grace=None)
-    assert (tmp_path / "default.state").read_bytes() == b"second"
-    assert stat.S_IMODE((tmp_path / "default.state").stat().st_mode) == 0o600
-
-
-async def test_what_cannot_be_written_does_not_count_as_saved(tmp_path: Path) -> None:
-    house = House(tmp_path / "no" / "state")
-    with pytest.raises(BatonError, match="cannot write"):
-        await house.keeper.save(b"second")
-    assert await house.keeper.load() == b"first"
 
 
 def test_logs_are_told_by_number_and_bounded() -> None:
