@@ -207,7 +207,8 @@ class Controller:
         if self.desired.rollout is None:
             return
         ready = serving(self.desired, world)
-        await self._edit(lambda desired: rollout.advance(desired, ready))
+        lost = {process.name for process in world.processes.values() if process.phase is Phase.GIVEN_UP}
+        await self._edit(lambda desired: rollout.advance(desired, ready, lost))
         if self.desired.rollout is None:
             self.events.add(f"rollout: revision {self.desired.revision} is in place")
             return
@@ -321,7 +322,7 @@ class Controller:
             revision=self.desired.revision,
             controller_age_s=now - self._began,
             autoscale=self.desired.autoscale.enabled,
-            rollout=rollout.progress(self.desired),
+            rollout=rollout.progress(self.desired, serving(self.desired, world)),
             pools=pool_rows(self.desired, world),
             workers=worker_rows(self.desired, world, self.reports),
             gateways=gateway_rows(self.desired, world, self.gateways),

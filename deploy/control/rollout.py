@@ -22,10 +22,12 @@ STALL_S = 600.0
 
 def begin(desired: Desired, pools: tuple[Pool, ...]) -> Desired:
     """All workers shall be replaced by those that `pools` describe, which have the names of the pools that there are.
-    Raises `Conflict` if one is under way."""
-    if desired.rollout is not None:
+    Raises `Conflict` if one is under way; but one that failed and finds no way back either may be replaced."""
+    if desired.rollout is not None and not desired.rollout.back:
         raise Conflict("a rollout is under way already")
     sizes = tuple((pool.name, desired.size(pool.name)) for pool in desired.pools)
+    if desired.rollout is not None:
+        sizes = desired.rollout.sizes
     rollout = Rollout(previous=desired.pools, previous_revision=desired.revision, sizes=sizes)
     revision = 1 + max([desired.revision, *(a.revision for a in desired.assignments)])
     return replace(desired, pools=pools, revision=revision, rollout=rollout)
@@ -40,8 +42,9 @@ def abort(desired: Desired) -> Desired:
     return replace(desired, pools=rollout.previous, revision=rollout.previous_revision, rollout=back)
 
 
-def advance(desired: Desired, ready: Set[str]) -> Desired:
-    """What can be done now, given who is ready. To be called again and again; when it is over, `rollout` is None."""
+def advance(desired: Desired, ready: Set[str], lost: Set[str] = frozenset()) -> Desired:
+    """What can be done now, given who is ready and who was given up. To be called again and again; when it is over,
+    `rollout` is None."""
     rollout = desired.rollout
     if rollout is None:
         return desired
@@ -49,6 +52,7 @@ def advance(desired: Desired, ready: Set[str]) -> Desired:
         for worker in _outdated(desired):
             if worker.name not in ready:
                 desired = desired.edit(worker.name, leaving=Leaving.MOVE)
+        ready = ready | lost  # nobody waits for an old one that cannot be kept running, new ones or not
     if waits_for(desired, ready):
         return desired
     fronts = [_Front.of(desired, *size) for size in rollout.sizes]
@@ -87,13 +91,14 @@ class Patience:
         return f"no progress for {STALL_S:.0f} s" if now - self._since > STALL_S else ""
 
 
-def progress(desired: Desired) -> str:
+def progress(desired: Desired, ready: Set[str]) -> str:
     """How far it is, in words; empty: there is none."""
     if desired.rollout is None:
         return ""
     total = sum(size for _, size in desired.rollout.sizes)
     what = "failed, back to" if desired.rollout.back else "to"
-    return f"{what} revision {desired.revision}: {min(len(_current(desired)), total)} of {total} workers"
+    done = sum(worker.name in ready for worker in _current(desired))
+    return f"{what} revision {desired.revision}: {min(done, total)} of {total} workers ready"
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,12 +291,25 @@ async def test_a_rollout_whose_workers_do_not_live_goes_back() -> None:
         await rig.up(controller)
         await controller.rollout(None, {"engine.max_running": 7})
         await until(lambda: "decode-1" in rig.house.processes and "prefill-1" in rig.house.processes)
-        assert controller.status().rollout == "to revision 2: 2 of 2 workers"
+        assert controller.status().rollout == "to revision 2: 0 of 2 workers ready"
         rig.house.change("decode-1", phase=Phase.GIVEN_UP, why="exit code 1", last_lines=("no such thing",))
         await until(lambda: rig.house.processes.keys() == {"gateway-0", "prefill-0", "decode-0"})
         await until(lambda: controller.desired.rollout is None)
         assert controller.desired.revision == 1
         assert any("failed: decode-1 cannot be kept running" in e.text for e in controller.events.list())
+
+
+async def test_the_way_back_does_not_wait_for_a_worker_that_was_lost_before() -> None:
+    rig = Rig(Household(desired({P: 1, D: 2})))
+    async with rig.controller() as controller:
+        await rig.up(controller)
+        rig.house.change("decode-1", phase=Phase.GIVEN_UP, why="exit code 1")
+        await controller.rollout(None, {"engine.max_running": 7})
+        await until(lambda: "decode-2" in rig.house.processes and "prefill-1" in rig.house.processes)
+        rig.house.change("decode-2", phase=Phase.GIVEN_UP, why="exit code 1")
+        await until(lambda: controller.desired.rollout is None)
+        assert rig.house.processes.keys() == {"gateway-0", "prefill-0", "decode-0", "decode-1"}
+        await controller.scale({"decode": 1})
 
 
 async def test_when_the_parent_ends_everything_nothing_is_said_of_it() -> None:

@@ -178,6 +178,17 @@ def test_a_rollout_that_fails_returns_to_what_was() -> None:
     assert wanted == before
 
 
+def test_a_rollout_that_finds_no_way_back_may_be_replaced_by_another() -> None:
+    wanted = rollout.abort(rollout.advance(changed(desired({P: 1, D: 2})), everybody(desired({P: 1, D: 2}))))
+    wanted = rollout.advance(wanted.edit("decode-0", leaving=Leaving.FINISH), set())
+    wanted = changed(wanted)
+    assert wanted.revision == 3
+    while wanted.rollout is not None:
+        wanted = settle(rollout.advance(wanted, everybody(wanted)))
+    assert (wanted.size("prefill"), wanted.size("decode")) == (1, 2), "the sizes of before the first"
+    assert {a.revision for a in wanted.assignments} == {3}
+
+
 def test_a_rollout_has_failed_when_nothing_moves_for_long_or_a_worker_is_given_up() -> None:
     wanted, patience = rollout.advance(changed(desired()), everybody(desired())), rollout.Patience()
     new = max(everybody(wanted) - everybody(desired()))
