@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ...common.cluster import Phase, Traffic
 from ...common.types import Role
@@ -37,14 +38,16 @@ class Autoscaler:
         words = [world.words[name] for name in sorted(serving(desired, world))]
         seen = observe(traffic, words, config, now, under_way(desired, world))
         decision, self._memory = planner.plan(seen, self._memory, config)
+        sizes = fit(desired, decision.prefill - seen.prefill, decision.decode - seen.decode)
+        if decision.changes and not sizes:
+            decision = replace(decision, changes=False, why=f"{decision.why}; but min and max of the pools forbid it")
         if self._lines and not self._lines[-1][1].changes:  # of what stays as it is, only the last word is of interest
             self._lines.pop()
         self._lines.append((now, decision))
         if not decision.changes:
             return {}
         self.decisions += 1
-        wanted = {Role.PREFILL: decision.prefill - seen.prefill, Role.DECODE: decision.decode - seen.decode}
-        return {pool: n for role, more in wanted.items() for pool, n in spread(desired, role, more).items()}
+        return sizes
 
     def why(self, now: float) -> tuple[Decision, ...]:
         """What it decided and why, oldest first."""
@@ -63,6 +66,18 @@ def under_way(desired: Desired, world: World) -> str:
         if assignment.name not in serve and (process is None or process.phase is not Phase.GIVEN_UP):
             return f"{assignment.name} is not ready yet"
     return ""
+
+
+def fit(desired: Desired, prefill: int, decode: int) -> dict[str, int]:
+    """New sizes of the pools where there shall be so many prefill and decode workers more, or less. Of workers that are
+    to turn, as many as both sides' limits allow: else one that nothing takes would be let go."""
+    if prefill + decode == 0:
+        granted = min(
+            abs(sum(size - desired.size(pool) for pool, size in spread(desired, role, more).items()))
+            for role, more in ((Role.PREFILL, prefill), (Role.DECODE, decode))
+        )
+        prefill, decode = (granted, -granted) if prefill > 0 else (-granted, granted)
+    return spread(desired, Role.PREFILL, prefill) | spread(desired, Role.DECODE, decode)
 
 
 def spread(desired: Desired, role: Role, more: int) -> dict[str, int]:

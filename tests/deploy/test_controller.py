@@ -3,176 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import httpx
 import pytest
 
-from baton.common.clock import ManualClock
 from baton.common.cluster import (
     End,
-    FromController,
-    FromGateway,
-    GatewayHello,
     Launch,
-    LogLines,
-    LogQuestion,
-    Members,
     Phase,
-    Processes,
-    ProcessStatus,
     Span,
     Trace,
     TraceAnswer,
     TraceQuestion,
     Traffic,
-    WorkerState,
-    WorkerStatus,
 )
-from baton.common.config import ControllerConfig, WorkerConfig, from_json
-from baton.common.errors import BatonError, InvalidRequest, NotReady, WorkerLost
-from baton.common.messages import Load, Turn
+from baton.common.config import WorkerConfig, from_json
+from baton.common.errors import InvalidRequest, NotReady, WorkerLost
+from baton.common.messages import Turn
 from baton.common.types import Role
-from baton.deploy.control import autoscale, turns
+from baton.deploy.control import turns
 from baton.deploy.control.admin import build
-from baton.deploy.control.controller import ADOPT_S, PAUSE_S, Controller
-from baton.deploy.control.desired import Desired, load, save
-from baton.deploy.control.planner import AutoscaleConfig
-from baton.deploy.control.revise import revise
-from tests.deploy.pools import desired, pool
+from baton.deploy.control.controller import ADOPT_S, PAUSE_S
+from baton.deploy.control.desired import load
+from tests.deploy.pools import desired
+from tests.deploy.rig import Household, Rig, attend
 from tests.deploy.stage import until
 
 P, D = Role.PREFILL, Role.DECODE
 TOKEN = {"Authorization": "Bearer operator"}
-
-
-class Household:
-    """A parent whose processes run as soon as they are launched, and end as soon as they are ended."""
-
-    def __init__(self, saved: Desired) -> None:
-        self.saved = save(saved)
-        self.processes: dict[str, ProcessStatus] = {}
-        self.orders: list[Launch | End] = []
-        self.closed = False
-        self._pids = 100
-        self._version = 0
-        self._changed = asyncio.Event()
-
-    def change(self, name: str, **changes: object) -> None:
-        self.processes[name] = replace(self.processes[name], **changes)  # type: ignore[arg-type]
-        self.announce()
-
-    def announce(self) -> None:
-        self._version += 1
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def launch(self, order: Launch) -> None:
-        if self.closed:
-            raise NotReady("the cluster is ending")
-        self.orders.append(order)
-        self._pids += 1
-        self.processes[order.name] = ProcessStatus(order.name, Phase.RUNNING, order.digest, pid=self._pids)
-        self.announce()
-
-    async def end(self, order: End) -> None:
-        self.orders.append(order)
-        self.processes.pop(order.name, None)
-        self.announce()
-
-    async def watch(self) -> AsyncIterator[Processes]:
-        while True:
-            changed = self._changed
-            yield Processes(self._version, tuple(self.processes.values()))
-            await changed.wait()
-
-    async def tail(self, question: LogQuestion) -> LogLines:
-        return LogLines(7, (f"{question.name} from {question.after}",))
-
-    async def save(self, data: bytes) -> None:
-        self.saved = data
-
-    async def load(self) -> bytes:
-        return self.saved
-
-
-class GatewayStream:
-    """The controller's end of a gateway's stream."""
-
-    def __init__(self, name: str) -> None:
-        self.incoming: asyncio.Queue[FromGateway | None] = asyncio.Queue()
-        self.heard: list[FromController] = []
-        self.incoming.put_nowait(GatewayHello(name, "http://here", 1))
-
-    async def read(self) -> FromGateway | None:
-        return await self.incoming.get()
-
-    async def write(self, message: FromController) -> None:
-        self.heard.append(message)
-
-    @property
-    def states(self) -> dict[str, str]:
-        members = [m for m in self.heard if isinstance(m, Members)]
-        return {w.name: str(w.state) for w in members[-1].workers} if members else {}
-
-
-@dataclass
-class Rig:
-    """A controller at work."""
-
-    house: Household
-    clock: ManualClock = field(default_factory=lambda: ManualClock(1000.0))
-    asked: list[tuple[str, Turn]] = field(default_factory=list)
-    refusal: BatonError | None = None
-    stopped: int = 0
-
-    @asynccontextmanager
-    async def controller(self) -> AsyncIterator[Controller]:
-        config = ControllerConfig(parent="", round_s=0.005, silence_s=60.0, model_name="n")
-        controller = Controller(config, self.house, self.clock, self.turn, self.stop)
-        await controller.load()
-        task = asyncio.create_task(controller.run())
-        try:
-            async with asyncio.timeout(20):
-                yield controller
-        finally:
-            if task.done():
-                task.result()
-            task.cancel()
-            await asyncio.wait({task})
-
-    async def turn(self, address: str, order: Turn) -> None:
-        self.asked.append((address, order))
-        if self.refusal is not None:
-            raise self.refusal
-
-    def stop(self) -> None:
-        self.stopped += 1
-
-    def word(self, name: str, **changes: object) -> WorkerStatus:
-        assignment = next(a for a in load(self.house.saved).assignments if a.name == name)
-        role = str(assignment.worker.role)
-        status = WorkerStatus(name, role, WorkerState.READY, "a:1", 1, pid=self.house.processes[name].pid, load=Load())
-        return replace(status, **changes)  # type: ignore[arg-type]
-
-    async def report(self, controller: Controller) -> None:
-        """All workers say that they are ready."""
-        for name in [name for name in self.house.processes if not name.startswith("gateway")]:
-            await controller.report(self.word(name))
-
-    async def up(self, controller: Controller) -> None:
-        names = {a.name for a in load(self.house.saved).assignments}
-        await until(lambda: names <= self.house.processes.keys())
-        await self.report(controller)
-        await until(lambda: all(w.state == "ready" for w in controller.status().workers))
-
-
-async def attend(controller: Controller, name: str = "gateway-0") -> tuple[GatewayStream, asyncio.Task[None]]:
-    stream = GatewayStream(name)
-    return stream, asyncio.create_task(controller.attend(stream))
 
 
 async def test_what_is_saved_comes_up_and_gateways_hear_of_it() -> None:
@@ -381,60 +240,6 @@ async def test_the_admin_api_wants_its_token_and_answers_errors_with_their_code(
             assert 'baton_controller_workers_wanted{pool="prefill",role="prefill"}' in (await http.get("/metrics")).text
             await http.post("/v1/down", json={})
             assert rig.stopped == 1
-
-
-# --- what a rollout may change ---------------------------------------------------------------------------------------
-
-
-def test_options_are_those_of_workers_for_all_pools_or_one() -> None:
-    changes = {"engine.kv_memory": "1GiB", "worker.drain_s": 7, "decode.engine.max_running": 3, "handover.lease_s": 2}
-    prefill, decode = revise(desired(), None, changes)
-    assert (prefill.worker.engine.kv_memory, prefill.worker.drain_s, prefill.worker.handover.lease_s) == (1 << 30, 7, 2)
-    assert (prefill.worker.engine.max_running, decode.worker.engine.max_running) == (256, 3)
-    assert revise(desired(), None, {"decode.engine.tp": 2})[1].resources.ranks == 2
-    for path, value in (("router.lease_s", 1), ("engine.x", 1), ("nobody.engine.tp", 2), ("engine.tp", "two"), ("", 1)):
-        with pytest.raises(InvalidRequest):
-            revise(desired(), None, {path: value})
-
-
-def test_other_weights_must_have_the_same_tokenizer(tmp_path: Path) -> None:
-    for name, tokenizer in (("old", "{}"), ("new", "{}"), ("alien", "{ }")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text(tokenizer)
-        (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / name / "model.safetensors").write_bytes(b"")
-    old = pool(D)
-    engine = replace(old.worker.engine, model=str(tmp_path / "old"))
-    wanted = Desired(pools=(replace(old, worker=replace(old.worker, engine=engine)),))
-    assert revise(wanted, str(tmp_path / "new"), {})[0].worker.engine.model == str(tmp_path / "new")
-    with pytest.raises(InvalidRequest, match="another tokenizer"):
-        revise(wanted, str(tmp_path / "alien"), {})
-    with pytest.raises(InvalidRequest):
-        revise(wanted, str(tmp_path / "nowhere"), {})
-
-
-# --- the planner's hook ----------------------------------------------------------------------------------------------
-
-
-def test_what_the_planner_wants_is_spread_over_pools_within_their_limits() -> None:
-    wanted = replace(desired(), pools=(pool(P), replace(pool(D), max=2), replace(pool(D), name="more", max=3)))
-    assert autoscale.spread(wanted, D, 3) == {"decode": 2, "more": 2}
-    assert autoscale.spread(wanted, D, 9) == {"decode": 2, "more": 3}
-    assert autoscale.spread(wanted, D, 0) == {}
-    assert autoscale.spread(wanted, D, -1) == {"decode": 0}
-    assert autoscale.spread(wanted, P, 1) == {"prefill": 2}
-
-
-async def test_the_planner_is_asked_at_its_interval_and_says_why() -> None:
-    wanted = replace(desired(), autoscale=AutoscaleConfig(enabled=True, interval_s=5.0))
-    rig = Rig(Household(wanted))
-    async with rig.controller() as controller:
-        await rig.up(controller)
-        rig.clock.advance(1.0)
-        await until(lambda: bool(controller.status().why))
-        (line,) = controller.status().why
-        assert line.text
-        assert controller.status().autoscale
 
 
 async def test_what_goes_wrong_each_round_is_said_once() -> None:
