@@ -40,5 +40,6 @@ def missing(status: ClusterStatus, name: str) -> str:
     for worker in status.workers:
         if worker.name == name:
             held = worker.load.running + worker.load.waiting if worker.load else 0
-            return f"{name} {worker.state}, {held} requests"
+            why = f" ({worker.detail})" if worker.detail else ""
+            return f"{name} {worker.state}, requests: {held}{why}"
     return ""

@@ -33,11 +33,11 @@ def top(cluster: ClusterName = None, admin: AdminUrl = None) -> None:
     with AdminClient(find(cluster, admin)) as client:
         if not console.is_terminal:
             while True:
-                console.print(tables.overview(client.status(), EVENTS), "")
+                console.print(_frame(client), "")
                 time.sleep(INTERVAL_S)
         with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                live.update(_frame(client), refresh=True)
+                live.update(Group(_frame(client), Text("\nq ends", style="dim")), refresh=True)
                 if pressed(INTERVAL_S) in ("q", "Q"):
                     return
 
@@ -45,7 +45,7 @@ def top(cluster: ClusterName = None, admin: AdminUrl = None) -> None:
 def _frame(client: AdminClient) -> RenderableType:
     """Raises `NoCluster` once the cluster is known to have ended; a controller that is away comes back."""
     try:
-        return Group(tables.overview(client.status(), EVENTS), Text("\nq ends", style="dim"))
+        return tables.overview(client.status(), EVENTS)
     except NoCluster as error:
         if client.place.dead:
             raise

@@ -66,10 +66,10 @@ def wait_for_end(client: AdminClient, timeout_s: float) -> None:
                 status = client.status()
                 left = [worker.name for worker in status.workers]
                 show(f"ending: {', '.join(left) or 'no worker is left'}")
-            except NoCluster as error:
+            except NoCluster:
                 if not client.place.pid:  # elsewhere: its silence is all that can be known
                     return
-                show(error.message)
+                show("ending")
             if time.monotonic() >= deadline:
                 raise NotReached(f"it has not ended within {timeout_s:g} s")
             time.sleep(POLL_S)

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 
 from ...common.cluster import LogQuestion
 from ...common.config import to_json
@@ -45,8 +47,16 @@ def build(controller: Controller, token: str) -> FastAPI:
 
     @app.exception_handler(BatonError)
     async def on_error(_: Request, error: BatonError) -> Response:
-        body = {"error": {"code": error.code, "message": error.message, "param": error.param}}
-        return _json(body, error.http_status)
+        return _error(error, error.http_status)
+
+    @app.exception_handler(HTTPException)  # no such path, or another method
+    async def on_wrong_path(request: Request, error: HTTPException) -> Response:
+        return _error(InvalidRequest(f"{request.method} {request.url.path}: {error.detail}"), error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_wrong_query(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return _error(InvalidRequest(f"{first['loc'][-1]}: {first['msg']}", param=str(first["loc"][-1])), 400)
 
     @app.get("/health")
     async def health() -> Response:
@@ -120,6 +130,10 @@ async def _body(request: Request, kind: type[T]) -> T:
         return msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError as error:
         raise InvalidRequest(f"the body: {error}") from error
+
+
+def _error(error: BatonError, status: int) -> Response:
+    return _json({"error": {"code": error.code, "message": error.message, "param": error.param}}, status)
 
 
 def _json(value: object, status: int = 200) -> Response:

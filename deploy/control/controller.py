@@ -199,7 +199,7 @@ class Controller:
                 return False
             self._adopted = True
             self._seen = world
-            self.events.add(f"the controller runs; {len(living)} workers were there already")
+            self.events.add("the controller runs" + (f"; workers go on: {len(living)}" if living else ""))
         return True
 
     async def _advance(self, world: World, now: float) -> None:
@@ -288,15 +288,18 @@ class Controller:
         self.events.add(f"rollout: to revision {self.desired.revision}")
 
     def down(self) -> None:
-        """End the cluster, in order."""
-        self.events.add("down: the cluster ends")
-        self._stop()
+        """End the cluster, in order. Said again, it goes on as before: requests that still run are not cut short."""
+        if not self._ending:
+            self._ending = True
+            self.events.add("down: the cluster ends")
+            self._stop()
 
     async def trace(self, request_id: str) -> Trace:
         """What is known of a request; `slowest`: of the slowest recent one. Raises `InvalidRequest`: nothing."""
         trace = await self.gateways.trace("" if request_id == "slowest" else request_id)
         if trace is None:
-            raise InvalidRequest(f"no gateway remembers a request {request_id!r}", param="request_id")
+            what = "any request yet" if request_id == "slowest" else f"a request {request_id!r}"
+            raise InvalidRequest(f"no gateway remembers {what}", param="request_id")
         return trace
 
     async def logs(self, question: LogQuestion) -> LogLines:

@@ -150,7 +150,7 @@ def test_drain_waits_until_the_worker_is_gone(
     admin.then(replace(STATUS, workers=(draining,)), replace(STATUS, workers=()))
     assert cli.run(["drain", "decode-0", "--yes", *flags]) == 0
     assert sent(admin) == [("POST /v1/drain", {"worker": "decode-0", "now": now})]
-    assert capsys.readouterr().err == "decode-0 draining, 7 requests\n"
+    assert capsys.readouterr().err == "decode-0 draining, requests: 7\n"
 
 
 def test_rollout_sends_what_changes_and_waits_for_its_end(

@@ -238,8 +238,12 @@ async def test_the_admin_api_wants_its_token_and_answers_errors_with_their_code(
             conflict = await http.post("/v1/drain", json={"worker": "decode-0"})
             assert (conflict.status_code, conflict.json()["error"]["code"]) == (409, "conflict")
             assert 'baton_controller_workers_wanted{pool="prefill",role="prefill"}' in (await http.get("/metrics")).text
-            await http.post("/v1/down", json={})
-            assert rig.stopped == 1
+            for path, says in (("/v1/nothing", "Not Found"), ("/v1/logs/decode-0?after=x", "after")):
+                wrong = await http.get(path)
+                assert says in wrong.json()["error"]["message"]
+            for _ in range(2):
+                await http.post("/v1/down", json={})
+            assert rig.stopped == 1, "a second signal would cut requests short"
 
 
 async def test_what_goes_wrong_each_round_is_said_once() -> None:
