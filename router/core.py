@@ -35,7 +35,7 @@ from .choose import Choice
 from .fleet import Attempt, Worker
 from .placement import Placement
 from .request import MAX_BACKLOG, RequestState, Waiting
-from .retry import RETRY_AFTER_S, blamed, exonerate, note, suspect, verdict
+from .retry import RETRY_AFTER_S, blamed, exonerate, note, suspect, suspected, verdict
 from .stats import Limits, Snapshot, Stats
 
 LOOK_AGAIN_S = 0.25
@@ -119,7 +119,8 @@ class RouterCore:
         """The session broke or the worker fell silent: its requests go elsewhere. No error if it is not there."""
         if worker := self._placement.left(name):
             self.stats.losses += worker.usable or bool(worker.tickets)  # one that was to go, and is empty, is no loss
-            self._move_away(worker, WorkerLost(f"worker {name}: {why}"), now)
+            error = HandoverFailed if worker.leaving else WorkerLost  # no request is to blame for a worker's leaving
+            self._move_away(worker, error(f"worker {name}: {why}"), now)
 
     def set_draining(self, draining: Iterable[str], leaving: Iterable[str] = ()) -> None:
         """Exactly these workers take no new requests. What the first have, they finish; what the others have, moves."""
@@ -179,6 +180,10 @@ class RouterCore:
             self._abandon(state)
             self._fail(state, DeadlineExceeded(f"not done after {now - state.received:.1f} s"))
         for state in [s for s, waiting in self._waiting.items() if now >= waiting.next_try]:
+            self._place(state, now)
+        for state in moves.queued(self._fleet, self._tickets) if self.ready else ():
+            self._abandon(state)
+            self._wait(state, now)
             self._place(state, now)
         self._effects.sends += moves.due(self._fleet, self._tickets, now)
 
@@ -323,7 +328,7 @@ class RouterCore:
     def _place(self, state: RequestState, now: float) -> bool:
         """Send a waiting request to the best pair. False: nobody has room, and it waits on, or its time is up."""
         waiting = self._waiting[state]
-        avoid = self._suspected() if suspect(state, self.config) else set()
+        avoid = suspected(self._tickets.values(), self.config) if suspect(state, self.config) else set()
         if choice := self._placement.pick(state, now, avoid):
             del self._waiting[state]
             state.waited_s += now - waiting.since
@@ -335,11 +340,6 @@ class RouterCore:
             why = f"no worker {'had room' if full else 'was there'} for {self.config.place_timeout_s:.0f} s"
             self._fail(state, (Overloaded if full else NotReady)(why, retry_after_s=RETRY_AFTER_S))
         return False
-
-    def _suspected(self) -> set[str]:
-        """Workers that hold a suspect."""
-        attempts = [s.attempt for s in self._tickets.values() if s.attempt and suspect(s, self.config)]
-        return {name for a in attempts for name in ((a.prefill, a.decoder) if a.source else (a.decoder,))}
 
     def _send_out(self, state: RequestState, choice: Choice, now: float) -> None:
         source, target = choice.prefill.info, choice.decode.info if choice.decode else None

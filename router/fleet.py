@@ -22,6 +22,8 @@ class Attempt:
     tokens: int = 0
     blocks: int = 0
     begins: int = 0
+    computing: bool = False
+    """Prefill has begun."""
     begun: bool = False
     source: bool = True
     moving: Worker | None = None

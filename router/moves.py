@@ -36,6 +36,13 @@ def due(fleet: Fleet, tickets: Mapping[int, RequestState], now: float) -> Iterat
             yield worker.name, Move(attempt.ticket, target.info.ref)
 
 
+def queued(fleet: Fleet, tickets: Mapping[int, RequestState]) -> list[RequestState]:
+    """Requests that wait on workers that are leaving, or for them, and that nobody has begun to compute: another pair
+    does as well, and the worker is empty sooner."""
+    held = sorted({ticket for w in fleet.workers.values() if w.leaving for ticket in w.tickets})
+    return [tickets[t] for t in held if (a := tickets[t].attempt) and not (a.begun or a.computing)]
+
+
 def _movable(attempt: Attempt, now: float) -> bool:
     """It decodes, and nowhere else has it."""
     decodes = attempt.begun and (attempt.decode is None or not attempt.source)

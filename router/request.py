@@ -124,6 +124,8 @@ class RequestState:
         """A worker has taken it. Returns whether it is the first."""
         self.waited_s = 0.0
         self.story.prefills(cached_tokens, now)
+        if self.attempt is not None:
+            self.attempt.computing = True
         if self.prefill_start is not None:
             return False
         self.prefill_start, self.cached_tokens = now, cached_tokens

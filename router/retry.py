@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..common.config import RouterConfig
 from ..common.errors import BatonError, EngineFailure, PoisonRequest, PoolFull, WorkerLost, WrongRole, from_code
 from .fleet import Attempt
@@ -41,6 +43,12 @@ def suspect(state: RequestState, config: RouterConfig) -> bool:
     """One loss more and the request is given up. It may be the killer, or a neighbour of his each time; so suspects
     are kept apart from one another (at most one on a worker) until it shows."""
     return 0 < config.max_losses - 1 <= state.losses
+
+
+def suspected(states: Iterable[RequestState], config: RouterConfig) -> set[str]:
+    """Workers that hold a suspect."""
+    attempts = [s.attempt for s in states if s.attempt and suspect(s, config)]
+    return {name for a in attempts for name in ((a.prefill, a.decoder) if a.source else (a.decoder,))}
 
 
 def exonerate(state: RequestState, attempt: Attempt) -> None:

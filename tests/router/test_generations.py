@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from baton.common.errors import WrongRole
-from baton.common.messages import Failed
+from baton.common.messages import Failed, Started, Submit
 from baton.common.types import Role
-from tests.router.fakes import Driver
+from tests.router.fakes import Driver, cancels
 
 
 def test_an_answer_goes_on_with_the_weights_that_it_began_with(two_pairs: Driver) -> None:
@@ -55,3 +55,29 @@ def test_who_does_not_prefill_any_more_is_kept_away_from_and_not_his_partner(two
     two_pairs.report(name, failed=(Failed(submit.ticket, WrongRole.code, "it decodes"),))
     assert set(state.excluded) == {name} and partner not in state.excluded
     assert two_pairs.take()[-1][0] != name
+
+
+def test_what_waits_for_a_worker_that_leaves_goes_elsewhere_at_once_and_bears_no_blame(two_pairs: Driver) -> None:
+    state = two_pairs.submit()
+    name, submit = two_pairs.submitted()
+    assert submit.decode is not None
+    two_pairs.core.set_draining([], [submit.decode.name])
+    two_pairs.tick()
+    *cancelled, (anew, again) = two_pairs.take()
+    assert sorted(cancels(cancelled)) == sorted([(name, submit.ticket), (submit.decode.name, submit.ticket)])
+    assert isinstance(again, Submit) and again.decode and again.decode.name != submit.decode.name
+    assert two_pairs.core.stats.retries == {} and state.losses == 0
+    two_pairs.report(anew, started=(Started(again.ticket, 0),))
+    two_pairs.core.set_draining([], [again.decode.name])
+    two_pairs.tick()
+    assert two_pairs.take() == [], "what is being computed is finished"
+    two_pairs.lose(again.decode.name)
+    assert state.losses == 0, "it was told to leave"
+
+
+def test_what_waits_stays_where_nobody_else_would_take_it(pair: Driver) -> None:
+    pair.submit()
+    pair.submitted()
+    pair.core.set_draining([], ["d"])
+    pair.tick()
+    assert pair.take() == []
