@@ -60,7 +60,8 @@ class HandoverConfig:
     """Room for output that a reservation includes beside the prompt."""
     transport: str = "auto"
     """How KV travels to this worker: auto (the best that both ends have), cuda-ipc, shm, process-group, tcp or grpc.
-    One that a pair cannot use, or that fails, gives way to the next."""
+    One that a pair cannot use, or that fails, gives way to the next. Only workers without tensor parallelism have
+    grpc."""
     checksums: bool = True
     """Every piece is hashed at both ends; what does not match is recomputed."""
     frame_bytes: int = 8 << 20
@@ -79,6 +80,8 @@ class WorkerConfig:
     model_name: str = ""
     host: str = "127.0.0.1"
     port: int = 0
+    lane_port: int = 0
+    """Where rank 0 takes KV in over sockets; rank n does at this plus n. 0: each at any port that is free."""
     controller: str = ""
     """host:port of the controller; empty: alone (tests)."""
     cluster_token: str = ""

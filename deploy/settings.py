@@ -71,7 +71,12 @@ SECTIONS: dict[str, tuple[type, frozenset[str]]] = {
     "router": (RouterConfig, frozenset()),
     "worker": (
         WorkerConfig,
-        frozenset({"name", "role", "engine", "handover", "model_name", "port", "controller", "cluster_token"}),
+        frozenset(
+            {
+                *("name", "role", "engine", "handover", "model_name", "port", "lane_port"),
+                *("controller", "cluster_token"),
+            }
+        ),
     ),
     "gateway": (
         GatewayConfig,

@@ -19,6 +19,7 @@ from ..common.types import Role, WorkerInfo, WorkerRef
 from ..decode.role import DecodeRole
 from ..engine import role as engine_role
 from ..engine.block_table import BlockTable
+from ..engine.follower import READY
 from ..engine.loop import EngineLoop
 from ..engine.mailbox import Inbox, Inspect, Mail, Outbox
 from ..engine.plan import Runner
@@ -32,7 +33,7 @@ from ..protos.convert import FromRouter, FromSource, FromTarget, FromWorker
 from .intake import Intake
 from .links import RouterLines, SourceLines, TargetLines
 from .sharing import CacheHost, Sharing
-from .spread import PlaneConfig, SpreadInlet, SpreadOutlet, doors_of
+from .spread import SpreadInlet, SpreadOutlet
 
 if TYPE_CHECKING:  # they need torch, and not all workers do
     from ..engine.follower import Followers
@@ -61,7 +62,7 @@ class Computes(Protocol):
 
     @property
     def followers(self) -> Followers | None:
-        """The other ranks, where the worker has several."""
+        """The other ranks, where the worker has several. They are ready."""
         ...
 
     @property
@@ -88,13 +89,19 @@ def make_roles(role: Role, context: Context, inlet: Inlet, outlet: Outlet) -> li
     return [intake, decode, PrefillRole(context, outlet, decode), sharing]
 
 
+def new_epoch() -> int:
+    """A number that no other incarnation of any worker has."""
+    return secrets.randbits(62) + 1
+
+
 class Worker:
     """A whole worker but for its process: `start` listens, `loop.run` (on a thread of its own) works.
 
-    Everything but the loop runs on the event loop that is running when it is made.
+    Everything but the loop runs on the event loop that is running when it is made. `epoch`: the number of this
+    incarnation, where somebody knows it already.
     """
 
-    def __init__(self, config: WorkerConfig, engine: Computes, clock: Clock) -> None:
+    def __init__(self, config: WorkerConfig, engine: Computes, clock: Clock, epoch: int | None = None) -> None:
         self._config = config
         self._clock = clock
         self._events = asyncio.get_running_loop()
@@ -105,7 +112,7 @@ class Worker:
             rpc.data_handlers(lambda stream: self.plane.serve_grpc(stream)),
         )
         address = rpc.listen(self._server, config.host, config.port)
-        self.ref = WorkerRef(config.name, address, secrets.randbits(62) + 1)
+        self.ref = WorkerRef(config.name, address, epoch or new_epoch())
         table = BlockTable(engine.num_blocks, BlockHasher(config.engine.block_size, cluster_key(config.cluster_token)))
         limits = Limits(
             vocab_size=engine.vocab_size,
@@ -144,11 +151,12 @@ class Worker:
         self.plane = Plane(
             self.ref, engine.store, config.handover, config.cluster_token, config.host, self._clock, self._events,
             self.inbox.post if spread is None else spread.of_rank_0, engine.shared, grpc, engine.groups,
+            lane_port=config.lane_port,
         )  # fmt: skip
         if followers is None or spread is None:
             return self.plane.inlet, self.plane.outlet, (self.plane.door,)
         spread.local = self.plane.inlet
-        others = doors_of(followers, PlaneConfig(self.ref, config.handover, config.cluster_token, config.host))
+        others = [door for (door,) in followers.wait_for(READY)]
         return spread, SpreadOutlet(followers, self.plane.outlet, format), (self.plane.door, *others)
 
     @property

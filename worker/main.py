@@ -21,7 +21,7 @@ from ..common.config import WorkerConfig
 from ..common.errors import BatonError
 from ..common.messages import WorkerStatus
 from ..protos.rpc import Peer
-from .assembly import Worker
+from .assembly import Worker, new_epoch
 from .compute import Compute, build
 from .ranks import Ranks
 
@@ -110,14 +110,15 @@ async def run(config: WorkerConfig) -> None:
     reporter = Reporter(config)
     reporting = events.create_task(reporter.run())
     reporter.set(state="loading")
-    ranks = Ranks(config.name, config.engine) if config.engine.tp > 1 else None
+    epoch = new_epoch()
+    ranks = Ranks(config, epoch) if config.engine.tp > 1 else None
     thread = EngineThread(config, lambda share: _post(events, lambda: reporter.set(progress=share)), ranks)
     thread.start()
     try:
         engine = await _until(asyncio.wrap_future(thread.engine), stop)
         if engine is None:
             return
-        worker = Worker(config, engine, RealClock())
+        worker = Worker(config, engine, RealClock(), epoch)
         await worker.start()
         thread.worker.set_result(worker)
         reporter.set(state="ready", address=worker.ref.address, epoch=worker.ref.epoch, progress=1.0)

@@ -4,36 +4,53 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from baton.common.config import EngineConfig
-from baton.common.errors import EngineBroken
+from baton.common.clock import RealClock
+from baton.common.config import EngineConfig, WorkerConfig, to_json
+from baton.common.errors import EngineBroken, TransportFailed
+from baton.common.types import Role
+from baton.engine.follower import READY
 from baton.engine.plan import Slice, StepPlan
 from baton.engine.runner import Engine, build_engine
+from baton.worker.assembly import Worker
 from baton.worker.ranks import Ranks
 
 from ..e2e.serving import eventually, gone
 from ..engine.test_model import advance, prompts, sequence, start
 from ..tiny import make_checkpoint
+from ..toy import ToyEngine, worker_config
 
 TIMEOUT_S = 2.0
 
 WORKER = """
 import sys, time
-from baton.common.config import EngineConfig
+from baton.common.config import EngineConfig, WorkerConfig
+from baton.common.types import Role
 from baton.worker.ranks import Ranks
-ranks = Ranks("worker", EngineConfig(model=sys.argv[1], tp=2, device="cpu", threads=2))
+engine = EngineConfig(model=sys.argv[1], tp=2, device="cpu", threads=2)
+ranks = Ranks(WorkerConfig(name="worker", role=Role.COLOCATED, engine=engine), 1)
 ranks.followers.wait_for("here")
 print(*ranks.pids, flush=True)
 time.sleep(60)
+"""
+
+LOADING = """
+import asyncio, sys
+from baton.common.config import WorkerConfig, from_json
+from baton.worker.main import run
+asyncio.run(run(from_json(sys.stdin.buffer.readline(), WorkerConfig)))
 """
 
 
@@ -42,14 +59,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), "qwen2", num_attention_heads=4, num_key_value_heads=1)
 
 
+def worker(checkpoint: Path, tp: int, **settings: Any) -> WorkerConfig:
+    engine = EngineConfig(model=str(checkpoint), tp=tp, device="cpu", threads=tp, kv_memory=4 << 20)
+    return WorkerConfig(name="worker", role=Role.COLOCATED, engine=engine, **settings)
+
+
 @contextmanager
-def running(checkpoint: Path, tp: int) -> Iterator[tuple[Ranks, Engine]]:
+def running(checkpoint: Path, tp: int, **settings: Any) -> Iterator[tuple[Ranks, Engine]]:
     """An engine over `tp - 1` child processes, of which nothing is left afterwards."""
-    config = EngineConfig(model=str(checkpoint), tp=tp, device="cpu", threads=tp, kv_memory=4 << 20)
-    ranks = Ranks("worker", config, TIMEOUT_S)
+    config = worker(checkpoint, tp, **settings)
+    ranks = Ranks(config, 1, TIMEOUT_S)
     processes = [psutil.Process(pid) for pid in ranks.pids]
     with closing(ranks):
-        yield ranks, build_engine(config, lambda share: None, followers=ranks.followers)
+        yield ranks, build_engine(config.engine, lambda share: None, followers=ranks.followers)
     assert not any(process.is_running() for process in processes)
     assert not os.path.exists(os.path.dirname(ranks.followers.meeting))
 
@@ -86,11 +108,11 @@ def test_a_lost_rank_breaks_the_engine_for_good(checkpoint: Path, number: signal
 
 
 def test_a_rank_that_ends_before_it_is_ready_is_told_of(checkpoint: Path) -> None:
-    config = EngineConfig(model=str(checkpoint), tp=2, device="cpu", threads=2, kv_memory=4 << 20)
-    with closing(Ranks("worker", config, TIMEOUT_S)) as ranks:
+    config = worker(checkpoint, 2)
+    with closing(Ranks(config, 1, TIMEOUT_S)) as ranks:
         os.kill(ranks.pids[0], signal.SIGKILL)
         with pytest.raises(EngineBroken, match="rank 1 ended with exit code -9"):
-            build_engine(config, lambda share: None, followers=ranks.followers)
+            build_engine(config.engine, lambda share: None, followers=ranks.followers)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -102,4 +124,45 @@ def test_ranks_end_with_their_worker_even_stopped_ones(checkpoint: Path, tmp_pat
         if stopped:
             child.send_signal(signal.SIGSTOP)
         worker.kill()
+    eventually(lambda: gone(child), "the rank has ended")
+
+
+def ports_in_a_row(count: int) -> int:
+    """The first of so many that are free."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first, ExitStack() as rest:
+            port: int = first.getsockname()[1]
+            with suppress(OSError):
+                for number in range(1, count):
+                    rest.enter_context(socket.create_server(("127.0.0.1", port + number)))
+                return port
+
+
+def test_each_rank_takes_lanes_in_at_a_port_of_its_own(checkpoint: Path) -> None:
+    port = ports_in_a_row(2)
+    with running(checkpoint, 2, lane_port=port) as (ranks, _):
+        ((door,),) = ranks.followers.wait_for(READY)
+    assert door["tcp"] == f"127.0.0.1:{port + 1}"
+    assert "grpc" not in door
+
+
+async def test_a_lane_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = replace(worker_config("worker", Role.DECODE), lane_port=taken.getsockname()[1])
+        with pytest.raises(TransportFailed, match=f"no lanes can come in at 127.0.0.1:{config.lane_port}"):
+            Worker(config, ToyEngine(), RealClock())
+
+
+def test_a_worker_that_is_told_to_stop_while_it_loads_ends_with_its_ranks(checkpoint: Path) -> None:
+    """Also where one of them says nothing any more."""
+    with subprocess.Popen([sys.executable, "-P", "-c", LOADING], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(to_json(worker(checkpoint, 2)) + b"\n")
+        process.stdin.flush()
+        parent = psutil.Process(process.pid)
+        eventually(parent.children, "a rank has been started", 60.0)
+        (child,) = parent.children()
+        child.send_signal(signal.SIGSTOP)
+        process.terminate()
+        assert process.wait(10.0) == 0
     eventually(lambda: gone(child), "the rank has ended")
