@@ -25,16 +25,16 @@ FREEZE_S = 2 * LEASE_S
 CASE_S = 40.0
 """How long a case may take on a machine that is busy with others."""
 
-_fork = multiprocessing.get_context("forkserver")
-_fork.set_forkserver_preload([toy_process.__name__])
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload([toy_process.__name__])
 
 
 class Process:
     """A worker that strikes itself."""
 
     def __init__(self, sick: Sick) -> None:
-        self.hears, says = _fork.Pipe()
-        self._process = _fork.Process(target=toy_process.main, args=(sick, says), daemon=True)
+        self.hears, says = fork.Pipe()
+        self._process = fork.Process(target=toy_process.main, args=(sick, says), daemon=True)
         self._process.start()
         says.close()
 
@@ -65,6 +65,11 @@ class Fleet:
     def add(self, ref: WorkerRef, state: str = "ready") -> None:
         """It is there, or is in another state now."""
         self._states[ref] = state
+        self._changed.set()
+
+    def remove(self, ref: WorkerRef) -> None:
+        """It is there no more."""
+        del self._states[ref]
         self._changed.set()
 
     async def members(self) -> AsyncIterator[Members]:

@@ -21,7 +21,7 @@ from baton.worker import compute
 from tests.house import House
 from tests.kvtransfer.stores import FORMAT
 from tests.kvtransfer.test_cuda_ipc import HostDriver
-from tests.toy import BLOCK_SIZE, ENTRY, LAYERS, ToyEngine, oracle, request
+from tests.toy import BLOCK_SIZE, LAYERS, ToyEngine, oracle, request
 from tests.toy import FORMAT as TOY
 
 PROMPT = list(range(40, 61))
@@ -32,8 +32,7 @@ def device_toy(driver: HostDriver, store: Callable[..., DeviceStore] = DeviceSto
     engine = ToyEngine()
     blocks = engine.num_blocks
     pool = CudaMemory(driver, LAYERS * blocks * TOY.block_bytes)
-    rows = pool.memory.numpy().reshape(LAYERS, blocks, 2, TOY.row_bytes)
-    engine.pool.bytes = rows[..., : BLOCK_SIZE * ENTRY // 2].reshape(LAYERS, blocks, 2, BLOCK_SIZE, ENTRY // 2)
+    engine.pool.lie_in(pool.memory.numpy())
     engine.store, engine.shared = store(pool.memory, TOY, 0, blocks), pool  # type: ignore[assignment]
     return engine
 
