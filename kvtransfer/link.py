@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import select
 import socket
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 
@@ -82,9 +81,7 @@ class SocketLink:
         except BatonError:
             self._socket.close()
             raise
-        self._socket.settimeout(None)  # credits come when they come; sending has its deadline from the system
-        deadline = struct.pack("@ll", int(patience), int(patience % 1 * 1e6))  # a struct timeval
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
+        sockets.limit_waits(self._socket, sending=patience, receiving=0)  # credits come when they come
 
     @property
     def socket(self) -> socket.socket:
@@ -155,7 +152,7 @@ class LaneServer:
 
     def serve(self, connection: socket.socket) -> None:
         """Raises what ends the lane."""
-        connection.settimeout(self._patience)
+        sockets.limit_waits(connection, sending=self._patience, receiving=self._patience)
         greeting = Greeting.read(sockets.receive(connection, _MAX_GREETING))
         try:
             taker = self._taker(greeting, connection)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,14 @@ log = logging.getLogger(__name__)
 AVOIDED_S = 30.0
 """How long a transport is avoided that once worked between two workers and then did not: one of them may have been
 frozen, or the machine too busy."""
+
+STOP_S = 1.0
+"""How long the threads of lanes may take to end: one that is in a library's code when the interpreter goes takes the
+process along with it."""
+
+STAGED_BYTES = {"tcp": 2 << 20}
+"""Bytes of a frame at most, by transports that copy it twice at each end: the second copy should find it in a cache. By
+process groups a message costs more than that gains."""
 
 MakeGiver = Callable[[str, Endpoint, Route], Giver]
 """(transport, target, route) → a giver to that rank of it, connected. Called on the lane's thread. Raises
@@ -146,6 +155,9 @@ class LaneOutlet:
         """End all lanes."""
         for lane in self._lanes.values():
             lane.stop()
+        deadline = time.monotonic() + STOP_S
+        for lane in self._lanes.values():
+            lane.join(deadline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +189,16 @@ class _Lane:
         self._make_giver = make_giver
         self._broken = broken
         self._piece = piece_bytes(target.format, route)
-        self._run_of = min(MAX_PIECES, max(1, min(config.frame_bytes, MAX_FRAME) // self._piece))
+        frame = min(config.frame_bytes, MAX_FRAME, STAGED_BYTES.get(transport, MAX_FRAME))
+        self._run_of = min(MAX_PIECES, max(1, frame // self._piece))
         self._queue: deque[_Frame] = deque()
         self._under_way: deque[tuple[_Transfer, int]] = deque()
-        self._window = config.window_frames
+        self._window = config.window_frames * max(1, config.frame_bytes // frame)
         self._change = threading.Condition()
         self._giver: Giver | None = None
         self._stopped = False
-        threading.Thread(target=self._run, name=f"lane to {target.ref.name}", daemon=True).start()
+        self._threads = [threading.Thread(target=self._run, name=f"lane to {target.ref.name}", daemon=True)]
+        self._threads[0].start()
 
     # --- called by the engine loop ---
 
@@ -209,12 +223,19 @@ class _Lane:
         if self._giver is not None:
             self._giver.close()
 
+    def join(self, deadline: float) -> None:
+        """Once stopped: wait for the threads to end, until `deadline` at most."""
+        for thread in self._threads:  # the first adds the other, if any, before it ends
+            thread.join(max(0.0, deadline - time.monotonic()))
+
     # --- the sending thread ---
 
     def _run(self) -> None:
         try:
             giver = self._giver = self._connect()
-            threading.Thread(target=self._count, args=(giver,), name="credits", daemon=True).start()
+            counting = threading.Thread(target=self._count, args=(giver,), name="credits", daemon=True)
+            self._threads.append(counting)
+            counting.start()
             while (frame := self._next()) is not None:
                 self._send(giver, frame)
         except BatonError as error:

@@ -1,8 +1,9 @@
 """A group of two ranks of `torch.distributed`: a source's and a target's, with no world around it.
 
 The two find each other over their lane's authenticated socket: torch's own store would tell anybody where they listen.
-Their connection itself proves nothing; the checksums that come by the lane say what counts. A pair fails as a whole and
-for good: whoever waits too long, or is told that the other end hung up, makes another.
+Whoever reaches a rank's port first is taken for its peer by gloo and NCCL, so each proves by the group that it is who
+is at the socket's other end. A pair fails as a whole and for good: whoever waits too long, or is told that the other
+end hung up, makes another.
 
 gloo between CPUs, NCCL between GPUs. NCCL has not been seen at work here: it refuses two ranks on one GPU, and no
 machine with two was to be had.
@@ -11,7 +12,9 @@ machine with two was to be had.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -33,6 +36,8 @@ Done = Callable[[], None]
 
 _BYTES, _NEVER_SENT = 0, 1  # tags
 
+_PROOF = 32  # bytes
+
 _LOOK_EVERY_S = 5e-5
 _MAX_MESSAGE = 4 << 10
 _MAX_KEYS = 64
@@ -51,17 +56,34 @@ class Pair:
         self._patience = patience
         self._nccl = device.type == "cuda"
         before = connection.gettimeout()
-        connection.settimeout(patience)
         try:
+            connection.settimeout(patience)
             meeting, rank = _Meeting(connection), 1 - self._peer
             self._group = _nccl(meeting, rank, patience) if self._nccl else _gloo(meeting, rank, patience, host)
-            first = torch.zeros(1, dtype=torch.uint8, device=device)  # NCCL connects when it is first used
-            (self.send(first) if source else self.receive(first))()
-        except RuntimeError as error:
+            self._prove(meeting, device)  # NCCL connects when it is first used, which is here
+        except (RuntimeError, OSError) as error:  # OSError: the socket has just been closed
             raise TransportFailed(f"no pair can be made: {_first_line(error)}") from error
         finally:
             with contextlib.suppress(OSError):  # closed meanwhile
                 connection.settimeout(before)
+
+    def _prove(self, meeting: _Meeting, device: torch.device) -> None:
+        """Each says by the socket what it wants to hear by the group. The source speaks first there."""
+        rank, wanted = 1 - self._peer, secrets.token_bytes(_PROOF)
+        meeting.set(f"said by {self._peer}", wanted)
+        ours = meeting.get(f"said by {rank}")
+        if len(ours) != _PROOF:
+            raise HandoverFailed("not what two ranks tell each other")
+        speech = torch.tensor(list(ours), dtype=torch.uint8, device=device)
+        heard = torch.zeros_like(speech)
+        if rank == 0:
+            self.send(speech)()
+        self.receive(heard)()
+        if not hmac.compare_digest(bytes(heard.tolist()), wanted):
+            self.abort()
+            raise TransportFailed("somebody else came to the pair")
+        if rank == 1:
+            self.send(speech)()
 
     def send(self, data: torch.Tensor) -> Done:
         """Begin to send; `data` must stay as it is until that is done."""

@@ -26,6 +26,7 @@ from baton.common.errors import BatonError, HandoverFailed, TransportFailed, Wor
 from baton.common.kv_format import KvFormat
 from baton.common.messages import Endpoint, Filled, Spoiled, TransportBroken
 from baton.common.types import WorkerRef
+from baton.kvtransfer import pair
 from baton.kvtransfer.choose import choose
 from baton.kvtransfer.host_store import HostStore
 from baton.kvtransfer.layout import Cut
@@ -150,6 +151,34 @@ def test_one_that_hangs_up_while_the_pair_is_made_is_noticed_at_once() -> None:
         making = pool.submit(Pair, one, True, CPU, HOST, 60)
         other.close()
         assert isinstance(making.exception(10), WorkerLost)
+
+
+def test_a_socket_that_has_just_been_closed_is_a_typed_error() -> None:
+    one, other = socket.socketpair()
+    one.close()
+    with other, pytest.raises(TransportFailed):
+        Pair(one, True, CPU, HOST, 5.0)
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_who_came_to_the_port_but_is_not_at_the_socket_is_refused(
+    monkeypatch: pytest.MonkeyPatch, source: bool
+) -> None:
+    """It speaks as gloo does and does not know what was said by the socket."""
+    proven = pair._Meeting.get
+
+    def get(meeting: pair._Meeting, key: str) -> bytes:
+        heard = proven(meeting, key)
+        return bytes(32) if key == f"said by {int(source)}" else heard  # the other one's key
+
+    monkeypatch.setattr(pair._Meeting, "get", get)
+    with ThreadPoolExecutor() as pool:
+        one, other = socket.socketpair()
+        with one, other:
+            making = [pool.submit(Pair, s, s is one, CPU, HOST, 5.0) for s in (one, other)]
+            with pytest.raises(TransportFailed, match="somebody else"):
+                making[0 if source else 1].result()
+            assert isinstance(making[1 if source else 0].exception(10), BatonError | None)
 
 
 @pytest.mark.parametrize("junk", [b"", b"\xc1", b"\x92\x01\x02", b"\x93\xa1a\xa1b\xa1c"])

@@ -1,0 +1,99 @@
+"""What a source's outlet makes of a lane that fails: every handover on it hears of it, and the transport is avoided for
+as long as its failure says."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from baton.common.clock import ManualClock
+from baton.common.config import HandoverConfig
+from baton.common.errors import BatonError, TransportFailed, WorkerLost
+from baton.common.messages import TransportBroken
+from baton.kvtransfer.outlet import AVOIDED_S, LaneOutlet
+from tests.kvtransfer.test_process_group import End, soon
+from tests.toy import FORMAT, endpoint
+
+TARGET = endpoint("decode-0")
+
+
+class Giver:
+    """One that was connected, and whose target then answers with an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self.closed = threading.Event()
+
+    def credits(self) -> int:
+        raise self._error
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def outlet(make: Any) -> tuple[LaneOutlet, ManualClock, queue.SimpleQueue[TransportBroken]]:
+    """An outlet with one handover, by tcp, for which `make` makes the giver."""
+    clock, said = ManualClock(), queue.SimpleQueue[TransportBroken]()
+    store: Any = SimpleNamespace(format=FORMAT, rank=0)
+    made = LaneOutlet(store, HandoverConfig(), clock, make, said.put)
+    made.open(1, 1, TARGET, "tcp")
+    return made, clock, said
+
+
+def raises(error: Exception) -> Any:
+    def make(*_: object) -> Giver:
+        raise error
+
+    return make
+
+
+@pytest.mark.parametrize("error", [WorkerLost("the line broke"), TransportFailed("not as agreed")])
+def test_a_transport_that_worked_is_avoided_for_a_while_only(error: BatonError) -> None:
+    lasting = isinstance(error, TransportFailed)
+    giver = Giver(error)
+    made, clock, said = outlet(lambda *_: giver)
+    broken = said.get(timeout=5)
+    assert (broken.target, broken.transport, broken.lasting) == (TARGET.ref, "tcp", lasting)
+    assert giver.closed.wait(5)
+    clock.advance(AVOIDED_S - 1)
+    assert made.failed(TARGET.ref) == ("tcp",)
+    clock.advance(2)
+    assert made.failed(TARGET.ref) == (("tcp",) if lasting else ())
+
+
+def test_what_can_not_be_had_is_avoided_until_it_is_forgiven() -> None:
+    made, clock, said = outlet(raises(TransportFailed("no such door")))
+    assert said.get(timeout=5).lasting
+    clock.advance(100 * AVOIDED_S)
+    assert made.failed(TARGET.ref) == ("tcp",)
+    made.forgive(TARGET.ref)
+    assert made.failed(TARGET.ref) == ()
+
+
+@pytest.mark.parametrize("where", ["connecting", "counting"])
+def test_a_fault_of_our_own_ends_the_handovers_of_its_lane(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise they would wait for a thread that is no more."""
+    fault = ValueError("a bug")
+    _, _, said = outlet(raises(fault) if where == "connecting" else lambda *_: Giver(fault))
+    broken = said.get(timeout=5)
+    assert broken.lasting and "a bug" in broken.message
+    assert "in our own code" in caplog.text
+
+
+def test_a_process_group_that_never_met_ends_with_its_target() -> None:
+    """The lane is open and idle; nobody waits for the other rank, and no credit is due."""
+    source, target = End("source"), End("target")
+    try:
+        source.plane.outlet.open(5, 1, target.endpoint, "process-group")
+        (lane,) = source.plane.outlet._lanes.values()
+        assert soon(lambda: lane._giver is not None)
+        target.plane.stop()
+        broken = source.hears()
+        assert isinstance(broken, TransportBroken) and not broken.lasting
+    finally:
+        source.stop()
+        target.stop()
