@@ -16,8 +16,9 @@ from baton.common.types import Role, WorkerRef
 from baton.protos.rpc import Peer
 from baton.router.service import Router
 from tests.house import House
-from tests.toy import BLOCK_SIZE, oracle, request
+from tests.toy import BLOCK_SIZE
 from tests.worker import toy_process
+from tests.worker.asking import answered
 from tests.worker.toy_process import Sick, toy_engine
 
 LEASE_S = 0.75
@@ -145,16 +146,8 @@ def prompt(number: int) -> list[int]:
 
 
 async def answer(router: Router, tokens: list[int], length: int) -> None:
-    """One stream that begins with these tokens: the oracle's, each of them once."""
-    stream, drawn = router.submit(request(str(tokens[0]), tokens, length)), []
-    while True:
-        batch = await stream.next()
-        for token in batch.tokens:
-            assert token.position == len(tokens) + len(drawn)
-            drawn.append(token.token)
-        if batch.finish is not None:
-            break
-    assert drawn == oracle(tokens, length)
+    """One stream that begins with these tokens."""
+    await answered(router, str(tokens[0]), tokens, length)
 
 
 async def until(ref: WorkerRef, holds: Callable[[CheckReport], bool]) -> None:

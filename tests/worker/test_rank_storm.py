@@ -4,6 +4,8 @@ oracle's tokens, a worker dies as one, and the books of all balance afterwards."
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,13 +16,15 @@ import pytest
 from baton.common.config import RouterConfig
 from baton.common.types import Role, WorkerRef
 from baton.router.service import Router
+from tests.worker.asking import ready
 from tests.worker.processes import CASE_S, Fleet, answer, fork, prompt, until
 from tests.worker.toy_ranks import Spec, first, second
 
 LEASE_S = 1.0
-KILLS = 5
-STREAMS = 24
-LENGTH = 60
+KILLS = 6
+CLIENTS = 8
+LENGTH = 30
+BUSY_S = 0.5
 
 
 class RankedWorker:
@@ -73,8 +77,7 @@ async def workers(prefill: int, decode: int, transport: str) -> AsyncIterator[tu
         await asyncio.gather(*(worker.start() for worker in made))
         await router.start(fleet.members())
         async with asyncio.timeout(CASE_S):
-            while router.ready()[0] != "ready":
-                await asyncio.sleep(0.01)
+            await ready(router, len(made))
             yield router, made
     finally:
         await router.close()
@@ -82,22 +85,34 @@ async def workers(prefill: int, decode: int, transport: str) -> AsyncIterator[tu
             process.kill()
 
 
+async def busy(worker: RankedWorker) -> None:
+    """Until it has something to do; not for long, because it may be others' turn."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(BUSY_S):
+            await until(worker.ref, lambda r: r.sequences + r.handovers > 0)
+
+
 @pytest.mark.parametrize(("prefill", "decode", "transport"), [(1, 2, "shm"), (2, 1, "tcp"), (2, 2, "shm")])
 async def test_storm(prefill: int, decode: int, transport: str) -> None:
-    rng = random.Random(prefill + 10 * decode)
+    rng, numbers = random.Random(prefill + 10 * decode), itertools.count()
+
+    async def client(until_then: asyncio.Task[None]) -> None:
+        while not until_then.done():
+            await answer(router, prompt(next(numbers)), LENGTH)
 
     async def killer() -> None:
-        for _ in range(KILLS):
-            await asyncio.sleep(rng.uniform(0.1, 0.4))
-            worker = rng.choice(made)
+        for number in range(KILLS):
+            worker = made[(number + 2 * rng.randrange(2)) % len(made)]  # of the one role and of the other
+            await asyncio.sleep(rng.uniform(0.05, 0.3))
+            await busy(worker)
             await worker.kill(rng.randrange(len(worker.ranks)))
             await worker.start()
 
-    async def client(number: int) -> None:
-        await asyncio.sleep(rng.uniform(0.0, 2.5))
-        await answer(router, prompt(number), LENGTH)
-
     async with workers(prefill, decode, transport) as (router, made):
-        await asyncio.gather(killer(), *map(client, range(STREAMS)))
+        async with asyncio.TaskGroup() as tasks:
+            killing = tasks.create_task(killer())
+            for _ in range(CLIENTS):
+                tasks.create_task(client(killing))
+        assert router.snapshot().stats.retries, "nobody was disturbed"
         for worker in made:
             await until(worker.ref, lambda r: r.pinned_blocks == r.reserved_blocks == r.sequences == r.handovers == 0)
