@@ -176,7 +176,8 @@ def receive_exactly(connection: socket.socket, target: memoryview) -> None:
     except OSError as error:
         raise WorkerLost(f"nothing more came: {error}") from error
     finally:
-        connection.settimeout(timeout)
+        with contextlib.suppress(OSError):  # closed meanwhile
+            connection.settimeout(timeout)
 
 
 def limit_waits(connection: socket.socket, *, sending: float, receiving: float) -> None:
@@ -203,13 +204,10 @@ def hang_up(connection: socket.socket) -> None:
 
 
 def hung_up(connection: socket.socket) -> bool:
-    """Whether the other end will say nothing more. Reads nothing, and does not wait."""
+    """Whether the other end will say no more than what may still wait to be read. Reads nothing, and does not wait."""
     waiting = select.poll()
-    waiting.register(connection, select.POLLIN)
-    try:
-        return bool(waiting.poll(0)) and not connection.recv(1, socket.MSG_PEEK)
-    except OSError:
-        return True
+    waiting.register(connection, select.POLLRDHUP)
+    return bool(waiting.poll(0))
 
 
 _IOV_MAX = 512

@@ -117,7 +117,8 @@ class LaneOutlet:
 
     def failed(self, target: WorkerRef) -> tuple[str, ...]:
         now = self._clock.now()
-        return tuple(sorted(name for name, until in self._failed.get(target, {}).items() if now < until))
+        failed = self._failed.get(target, {}).copy()  # lanes' threads add to it
+        return tuple(sorted(name for name, until in failed.items() if now < until))
 
     def forgive(self, target: WorkerRef) -> None:
         self._failed.pop(target, None)

@@ -1,15 +1,16 @@
-"""The door of a listener, and somebody who says things very slowly."""
+"""Sockets whose other end says things very slowly, or is gone."""
 
 from __future__ import annotations
 
 import socket
+import threading
 import time
 
 import pytest
 
 from baton.common import sockets
 from baton.common.errors import WorkerLost
-from baton.common.sockets import Listener, receive, send
+from baton.common.sockets import Listener, hung_up, receive, send
 
 TICK_S = 0.02
 
@@ -44,3 +45,25 @@ def test_a_message_has_one_deadline_and_the_socket_keeps_its_own() -> None:
         with pytest.raises(WorkerLost):
             receive(one, 100)
         assert one.gettimeout() == 2 * TICK_S
+
+
+def test_a_socket_that_is_closed_while_somebody_waits_is_a_typed_error() -> None:
+    one, other = socket.socketpair()
+    one.settimeout(5 * TICK_S)
+    closing = threading.Timer(TICK_S, one.close)
+    closing.start()
+    with other, pytest.raises(WorkerLost):
+        receive(one, 100)
+    closing.join()
+
+
+def test_hanging_up_is_seen_behind_what_still_waits_and_nothing_is_read() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        assert not hung_up(one)
+        send(other, b"last words")
+        assert not hung_up(one)
+        other.close()
+        assert hung_up(one)
+        assert receive(one, 100) == b"last words"
+        assert hung_up(one)

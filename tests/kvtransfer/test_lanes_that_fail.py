@@ -3,6 +3,7 @@ as long as its failure says."""
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from types import SimpleNamespace
@@ -72,6 +73,22 @@ def test_what_can_not_be_had_is_avoided_until_it_is_forgiven() -> None:
     assert made.failed(TARGET.ref) == ("tcp",)
     made.forgive(TARGET.ref)
     assert made.failed(TARGET.ref) == ()
+
+
+def test_a_lane_may_break_while_the_loop_looks_which_have() -> None:
+    made, _, said = outlet(raises(TransportFailed("no such door")))
+    said.get(timeout=5)
+
+    failed = made._failed[TARGET.ref]
+
+    class Meanwhile(float):
+        def __gt__(self, now: float) -> bool:
+            failed["shm"] = math.inf  # as `fell` does on another thread
+            return True
+
+    failed["tcp"] = Meanwhile()
+    assert made.failed(TARGET.ref) == ("tcp",)
+    assert made.failed(TARGET.ref) == ("shm", "tcp")
 
 
 @pytest.mark.parametrize("where", ["connecting", "counting"])
