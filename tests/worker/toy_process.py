@@ -178,6 +178,7 @@ SOURCE: dict[str, Point] = {
 TARGET: dict[str, Point] = {
     "target: asked": lambda w, s: s.before(Inbox, "post", _posts(FromSource, Reserve)),
     "target: reserved": lambda w, s: s.before(w._sources, "send", _sends(Reserved)),
+    "target: a lane comes": lambda w, s: s.before(w.plane._server, "admit"),
     "target: before the first byte": lambda w, s: s.before(w.plane.inlet, "receive", _nth(1)),
     "target: in mid-transfer": lambda w, s: s.before(w.plane.inlet, "receive", _nth(7)),
     "target: about to copy": lambda w, s: _landing(w, s, "before"),
