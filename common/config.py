@@ -57,7 +57,8 @@ class HandoverConfig:
     max_sending: int = 16
     """Handovers that one decode worker takes in at a time, and that one prefill worker opens to it."""
     headroom_tokens: int = 64
-    """Room for output that a reservation includes beside the prompt."""
+    """Room for output that a reservation includes beside the prompt; for a long request that moves while it runs, more
+    (`decode/moves.py`). Alike on all workers."""
     transport: str = "auto"
     """How KV travels to this worker: auto (the best that both ends have), cuda-ipc, shm, process-group, tcp or grpc.
     One that a pair cannot use, or that fails, gives way to the next. Only workers without tensor parallelism have

@@ -18,7 +18,7 @@ from ..engine.plan import Sampled, Slice, StepPlan
 from ..engine.role import Context
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.transport import Outlet
-from .moves import Moves
+from .moves import Moves, headroom
 from .planner import ContinuousBatching
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,9 @@ class DecodeRole:
             raise PoolFull("preempted requests wait for room here")
         if self.places <= 0:
             raise PoolFull(f"the batch is full: {context.limits.max_running} requests")
+        running = tokens if sequence.output_len else 0
         room = min(
-            tokens + context.handover.headroom_tokens, sequence.max_len, context.limits.max_model_len,
+            tokens + headroom(context.handover, running), sequence.max_len, context.limits.max_model_len,
             table.manager.num_blocks * table.block_size,
         )  # fmt: skip
         # The last token's block does not count as cached: should the commit bring no token, its KV is computed here.
