@@ -84,9 +84,9 @@ class Fleet:
 class Scene:
     """A worker that will strike itself, healthy ones, and the router of all."""
 
-    def __init__(self, sick: Sick, config: RouterConfig) -> None:
+    def __init__(self, sick: Sick, process: Process, config: RouterConfig) -> None:
         self.sick = sick
-        self.process, self.fleet, self.house = Process(sick), Fleet(), House()
+        self.process, self.fleet, self.house = process, Fleet(), House()
         self.router = Router("router", config, "secret")
         self._ref: WorkerRef | None = None
 
@@ -129,7 +129,7 @@ class Scene:
 @asynccontextmanager
 async def scene(sick: Sick, **config: object) -> AsyncIterator[Scene]:
     router = RouterConfig(**{"lease_s": LEASE_S, "heartbeat_s": 0.1, "max_attempts": 1000, "max_losses": 100, **config})  # type: ignore[arg-type]
-    made = Scene(sick, router)
+    made = Scene(sick, await asyncio.to_thread(Process, sick), router)  # the first one waits for the imports of all
     try:
         await made.router.start(made.fleet.members())
         async with asyncio.timeout(CASE_S):

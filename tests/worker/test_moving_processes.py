@@ -15,7 +15,9 @@ from tests.worker.processes import LEASE_S, Scene, answer, every, prompt, scene,
 from tests.worker.toy_process import MOVING, SOURCE, TARGET, Sick
 
 RUNNING = 4
-LENGTH = 48
+LENGTH = 40
+LATER = 8
+"""Of those that come while a frozen one wakes."""
 STEP_S = 0.03
 """Slow enough that requests still run when they are told to move, and that they go on while their blocks travel."""
 
@@ -65,7 +67,7 @@ async def _share(point: str, number: int, transport: str) -> None:
 
 async def _end(made: Scene, running: asyncio.Task[None]) -> None:
     if made.sick.signal == signal.SIGSTOP:
-        await made.wakes(range(RUNNING, 2 * RUNNING), LENGTH)
+        await made.wakes(range(RUNNING, 2 * RUNNING), LATER)
     await running
     await made.balanced()
 
@@ -74,9 +76,9 @@ async def _end(made: Scene, running: asyncio.Task[None]) -> None:
 @pytest.mark.parametrize(("name", "transport"), [("SIGKILL", "shm"), ("SIGSTOP", "tcp")])
 async def test_in_every_state_of_a_move(side: str, name: str, transport: str) -> None:
     points = [*SOURCE, *MOVING] if side == "source" else TARGET
-    await every(points, lambda point: _move(point, getattr(signal, name), transport), abreast=12)
+    await every(points, lambda point: _move(point, getattr(signal, name), transport), abreast=6)
 
 
 @pytest.mark.parametrize(("name", "transport"), [("SIGKILL", "tcp"), ("SIGSTOP", "shm")])
 async def test_in_states_of_an_answer_that_goes_back(name: str, transport: str) -> None:
-    await every(SHARES, lambda point: _share(point, getattr(signal, name), transport), abreast=9)
+    await every(SHARES, lambda point: _share(point, getattr(signal, name), transport), abreast=6)
