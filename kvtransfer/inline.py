@@ -1,5 +1,10 @@
 """Bytes that follow their frame: how `tcp` and `grpc` carry pieces. Packed and unpacked through a staging buffer at
-each end, so that no lock is held while somebody else is waited for."""
+each end, so that no lock is held while somebody else is waited for, and nobody else's stream writes into the pool.
+
+By `tcp` the buffer stays in a cache, and the way through it costs less than it saves: a socket that receives straight
+into the pool reads from memory each line that it is about to write, and so was slower by a tenth (`bench/kvtransfer`'s
+machine, 2 cores), while `kernels/move.c` stores past the caches.
+"""
 
 from __future__ import annotations
 
