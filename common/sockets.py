@@ -160,18 +160,16 @@ def send_all(connection: socket.socket, *parts: Buffer) -> None:
 def receive_exactly(connection: socket.socket, target: memoryview) -> None:
     """Fill `target` with what comes. Raises `WorkerLost` where it does not come whole within the socket's timeout; with
     `limit_waits`, where nothing is heard for as long, or it is not whole after twice that."""
-    rest, timeout = target.cast("B"), connection.gettimeout()
-    patience = timeout or _limit(connection)
-    deadline = time.monotonic() + patience if patience else None
+    rest, timeout, begin = target.cast("B"), connection.gettimeout(), time.monotonic()
     try:
         while rest.nbytes:
-            if timeout is not None and deadline is not None:
-                connection.settimeout(max(deadline - time.monotonic(), _SOON_S))
+            if timeout is not None:
+                connection.settimeout(max(begin + timeout - time.monotonic(), _SOON_S))
             count = connection.recv_into(rest, 0, socket.MSG_WAITALL)
             if count == 0:
                 raise WorkerLost("the other end hung up")
             rest = rest[count:]
-            if rest.nbytes and deadline is not None and time.monotonic() > deadline:
+            if rest.nbytes and timeout is None and 0 < _limit(connection) < time.monotonic() - begin:
                 raise WorkerLost("too little came")
     except OSError as error:
         raise WorkerLost(f"nothing more came: {error}") from error

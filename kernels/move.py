@@ -41,9 +41,6 @@ _STREAM_FROM = 256 << 10
 """Copies of more bytes than this go past the caches where the target is aligned. Otherwise each line of the target is
 read before it is written, and a handover pushes out of the caches what the engine computes with."""
 
-_STREAM_PASSING_FROM = 4 << 20
-"""The same where the target is passing: what a cache has room for while other such targets are read and written."""
-
 
 def copy(
     source: Memory, source_at: Places, target: Memory, target_at: Places, size: int, *, checked: bool = True,
@@ -67,7 +64,7 @@ def copy(
         for one, other in zip(source_at.flat, target_at.flat, strict=True):
             target[other : other + size] = source[one : one + size]
         return _plain_checksums(target, target_at, size) if checked else sums
-    streamed = source_at.size * size > (_STREAM_PASSING_FROM if passing else _STREAM_FROM) and size % _STRIPE == 0
+    streamed = not passing and source_at.size * size > _STREAM_FROM and size % _STRIPE == 0
     library.move(
         *(source.ctypes.data, source_at.ctypes.data, target.ctypes.data, target_at.ctypes.data),
         *(*source_at.shape, size, streamed, sums.ctypes.data if checked else None),

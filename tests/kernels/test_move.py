@@ -32,8 +32,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param in BUILDS and library is None:
         pytest.skip("there is no C compiler")
     monkeypatch.setattr(move, "_library", lambda: library)
-    for bound in ("_STREAM_FROM", "_STREAM_PASSING_FROM"):
-        monkeypatch.setattr(move, bound, 1 << 60 if request.param == "cached" else 0)
+    monkeypatch.setattr(move, "_STREAM_FROM", 1 << 60 if request.param == "cached" else 0)
 
 
 def aligned(size: int, shift: int = 0) -> move.Memory:
@@ -172,12 +171,11 @@ def test_a_hint_to_stream_is_not_followed_where_the_target_is_not_aligned() -> N
     assert np.array_equal(target[:262_144], MEMORY[:262_144])
 
 
-def test_what_is_read_again_at_once_stays_in_a_cache_that_has_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    spy = SimpleNamespace(move=lambda *arguments: asked.append(arguments[7]))
+def test_what_is_read_again_at_once_stays_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed: list[bool] = []
+    spy = SimpleNamespace(move=lambda *arguments: streamed.append(arguments[7]))
     monkeypatch.setattr(move, "_library", lambda: spy)
-    for much in (move._STREAM_FROM + 64, move._STREAM_PASSING_FROM + 64):
-        memory, places = aligned(much), np.array([[0]])
-        for passing in (False, True):
-            move.copy(memory, places, memory, places, much, passing=passing)
-    assert asked == [True, False, True, True]
+    memory, places = aligned(move._STREAM_FROM + 64), np.array([[0]])
+    for passing in (False, True):
+        move.copy(memory, places, memory, places, memory.size, passing=passing)
+    assert streamed == [True, False]
