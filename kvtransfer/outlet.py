@@ -249,13 +249,14 @@ class _Lane:
                 self._giver.close()
 
     def _connect(self) -> Giver:
-        """Raises `TransportFailed` where that can not be."""
+        """Raises `TransportFailed` where that can not be, `WorkerLost` where nobody answers: the target may be frozen."""
         if self._piece > MAX_FRAME:
             raise TransportFailed(f"{self._piece} bytes, one block of the target, are more than a frame holds")
         try:
             return self._make_giver(self._transport, self._target, self._route)
         except WorkerLost as error:
-            raise TransportFailed(error.message) from error
+            log.warning("no lane to %s by %s: %s", self._target.ref.name, self._transport, error)
+            raise
 
     def _next(self) -> _Frame | None:
         """The next frame, once there is one and the window has room for it. None: stop."""

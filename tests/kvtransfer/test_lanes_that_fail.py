@@ -75,6 +75,16 @@ def test_what_can_not_be_had_is_avoided_until_it_is_forgiven() -> None:
     assert made.failed(TARGET.ref) == ()
 
 
+def test_who_does_not_answer_at_first_is_avoided_for_a_while_and_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    """A target that was frozen just then has the transport again when it wakes."""
+    made, clock, said = outlet(raises(WorkerLost("no answer")))
+    assert not said.get(timeout=5).lasting
+    assert made.failed(TARGET.ref) == ("tcp",)
+    assert [r.levelname for r in caplog.records if "no lane to" in r.message] == ["WARNING"]
+    clock.advance(AVOIDED_S + 1)
+    assert made.failed(TARGET.ref) == ()
+
+
 def test_a_lane_may_break_while_the_loop_looks_which_have() -> None:
     made, _, said = outlet(raises(TransportFailed("no such door")))
     said.get(timeout=5)
