@@ -249,7 +249,7 @@ class _Lane:
                 self._giver.close()
 
     def _connect(self) -> Giver:
-        """Raises `TransportFailed` where that can not be, `WorkerLost` where nobody answers: the target may be frozen."""
+        """Raises `TransportFailed` where that can not be, `WorkerLost` where the target may just be frozen."""
         if self._piece > MAX_FRAME:
             raise TransportFailed(f"{self._piece} bytes, one block of the target, are more than a frame holds")
         try:
