@@ -121,11 +121,7 @@ static uint64_t result(const sums *s, uint64_t length)
 
 enum put { NOWHERE, CACHED, STREAMED };
 
-enum {
-    AHEAD = 4096, /* bytes from where the pass is to where it fetches: the time that memory takes to answer */
-    FAR = 32768,  /* from there to where a page is first touched: its address may take memory several answers */
-    PAGE = 4096
-};
+enum { AHEAD = 4096 }; /* bytes from where the pass is to where it fetches: the time that memory takes to answer */
 
 /* Up to a block of stripes, while others are fetched. `check`, `put` and, in blocks, `stripes` are known to the
  * compiler, so that the sums stay in registers and the loop has no branches. */
@@ -147,8 +143,8 @@ INLINE void run(sums *s, const uint8_t *from, uint8_t *to, const uint8_t *fetch,
 INLINE long least(long a, long b) { return a < b ? a : b; }
 
 /* The hardware looks ahead within a page; the next segment may lie anywhere. So a second place runs through the
- * segments, AHEAD in front of the first, and a third one, FAR in front of that, fetches a line of each page that will be
- * read or streamed to: for the page's address, which in a large pool takes longer to find than the line. */
+ * segments, AHEAD in front of the first. Where it enters a segment that will be streamed to, it fetches that one's
+ * first line, too: for the address of its page, which takes as long to find as the line. */
 INLINE void pass(const uint8_t *source, const int64_t *source_at, uint8_t *target, const int64_t *target_at,
                  long pieces, long segments, long size, uint64_t *out, int check, enum put put)
 {
@@ -162,11 +158,7 @@ INLINE void pass(const uint8_t *source, const int64_t *source_at, uint8_t *targe
                 const uint8_t *from = source + source_at[i] + at;
                 const uint8_t *fetch = ahead < all ? source + source_at[ahead] + within : from;
                 uint8_t *to = put == NOWHERE ? 0 : target + target_at[i] + at;
-                if (within % PAGE == 0) {
-                    long far = ahead + (within + FAR) / size, rest = (within + FAR) % size;
-                    if (far < all) __builtin_prefetch(source + source_at[far] + rest);
-                    if (far < all && put == STREAMED) __builtin_prefetch(target + target_at[far] + rest, 1);
-                }
+                if (put == STREAMED && ahead < all && within == 0) __builtin_prefetch(target + target_at[ahead], 1);
                 stripes = least(least(BLOCK - done, (stop - at) / STRIPE), (size - within) / STRIPE);
                 if (at == stop)
                     run(&s, from, to, fetch, stripes = 1, SECRET + FOR_LAST, check, put);

@@ -36,9 +36,6 @@ from .wire import MAX_FRAME, Checksums, FrameHeader
 _AHEAD = 2
 """Frames that a target lets come while it lands another."""
 
-_LEAVING = 2
-"""Frames that leave while a source packs another."""
-
 _LOOK_S = 0.5
 """How often a lane that has sent nothing yet looks whether its target is still there."""
 
@@ -108,9 +105,9 @@ class GroupGiver:
         self._target = target
         self._piece = piece_bytes(target, route)
         self._stream = groups.side_stream()
-        self._staging = _Staging(groups.device, _LEAVING + 1)
+        self._staging = _Staging(groups.device, 2)
         self._packed = self._staging.next(0)
-        self._leaving: deque[Done] = deque()
+        self._before: Done | None = None
         self._pair: Pair | None = None
         self._met = threading.Event()
         self._closed = False
@@ -123,14 +120,13 @@ class GroupGiver:
         return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes())
 
     def give(self, header: FrameHeader) -> None:
-        """Returns when the next frame's buffer is free."""
+        """Returns when the frame before this one has left, whose buffer is then free for the next."""
         self._link.send(header)
         with self._stream:
             pair = self._pair or self._meet()
-            leaving = self._leaving
-            leaving.append(pair.send(self._packed))
-            if len(leaving) > _LEAVING:
-                leaving.popleft()()
+            before, self._before = self._before, pair.send(self._packed)
+            if before is not None:
+                before()
 
     def _meet(self) -> Pair:
         pair = self._pair = self._groups.pair(self._link.socket, source=True)
@@ -156,7 +152,7 @@ class GroupGiver:
     def close(self) -> None:
         self._closed = True
         self._link.close()
-        pair, self._pair, self._leaving = self._pair, None, deque()
+        pair, self._pair, self._before = self._pair, None, None
         if pair is not None:
             pair.abort()
         self._met.set()
