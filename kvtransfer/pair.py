@@ -38,6 +38,9 @@ _BYTES, _NEVER_SENT = 0, 1  # tags
 
 _PROOF = 32  # bytes
 
+_GLOO_TRIES = 5
+"""How often gloo's connecting spends the whole of the time that it is given."""
+
 _LOOK_EVERY_S = 5e-5
 _MAX_MESSAGE = 4 << 10
 _MAX_KEYS = 64
@@ -45,15 +48,15 @@ _MAX_KEYS = 64
 
 class Pair:
     """One end. Made at both ends at a time, in threads that own the socket until then; takes `patience` seconds at
-    most, and so does each wait thereafter. `host`: the address that gloo listens at. Raises `TransportFailed` where the
-    two do not come together, `WorkerLost` where the other end hangs up meanwhile."""
+    most, and so does each wait thereafter. `host`: the address that gloo listens at. Raises `WorkerLost` where the two
+    do not come together in time, for the other may just be frozen; `TransportFailed` where somebody else came."""
 
     def __init__(
         self, connection: socket.socket, source: bool, device: torch.device, host: str, patience: float
     ) -> None:
         self._peer = 1 if source else 0
         self._aborted = False
-        self._patience = patience
+        self._patience = timedelta(seconds=patience)
         self._nccl = device.type == "cuda"
         before = connection.gettimeout()
         try:
@@ -62,7 +65,7 @@ class Pair:
             self._group = _nccl(meeting, rank, patience) if self._nccl else _gloo(meeting, rank, patience, host)
             self._prove(meeting, device)  # NCCL connects when it is first used, which is here
         except (RuntimeError, OSError) as error:  # OSError: the socket has just been closed
-            raise TransportFailed(f"no pair can be made: {_first_line(error)}") from error
+            raise WorkerLost(f"no pair came about: {_first_line(error)}") from error
         finally:
             with contextlib.suppress(OSError):  # closed meanwhile
                 connection.settimeout(before)
@@ -101,12 +104,12 @@ class Pair:
         return lambda: self._finish(work)
 
     def _finish(self, work: Any) -> None:
-        late = time.monotonic() + self._patience
+        late = time.monotonic() + self._patience.total_seconds()
         # Where NCCL works, torch would look once a millisecond whether it is done.
         while self._nccl and not (self._aborted or work.is_completed() or time.monotonic() > late):
             time.sleep(_LOOK_EVERY_S)
         try:
-            work.wait()
+            work.wait(self._patience)
         except RuntimeError as error:
             raise WorkerLost(f"the pair broke: {_first_line(error)}") from error
         if self._aborted:  # NCCL lets go of those who wait, and says nothing
@@ -126,7 +129,7 @@ class Pair:
 
 def _gloo(meeting: _Meeting, rank: int, patience: float, host: str) -> Any:
     options = _c10d.ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=patience)
+    options._timeout = timedelta(seconds=patience / _GLOO_TRIES)
     options._threads = 1  # for what takes more than two; not for sends
     options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
     return _c10d.ProcessGroupGloo(meeting, rank, 2, options)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,8 +157,36 @@ def test_one_that_hangs_up_while_the_pair_is_made_is_noticed_at_once() -> None:
 def test_a_socket_that_has_just_been_closed_is_a_typed_error() -> None:
     one, other = socket.socketpair()
     one.close()
-    with other, pytest.raises(TransportFailed):
+    with other, pytest.raises(WorkerLost):
         Pair(one, True, CPU, HOST, 5.0)
+
+
+def test_one_that_freezes_while_gloo_connects_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport is then avoided for a while, not for good. gloo takes five times what it is told to."""
+    told: list[float] = []
+
+    class Gloo(torch.distributed.ProcessGroupGloo):  # type: ignore[misc]
+        def __init__(self, store: object, rank: int, size: int, options: Any) -> None:
+            told.append(options._timeout.total_seconds())
+            raise RuntimeError("Gloo connectFullMesh failed with Connect timeout")
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", Gloo)
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(WorkerLost, match="Connect timeout"):
+        Pair(one, True, CPU, HOST, 5.0)
+    assert told == [1.0]
+
+
+def test_what_two_send_each_other_may_take_the_whole_patience() -> None:
+    """Longer than gloo may take to connect."""
+    source, target = met(patience=2.0)
+    data = torch.ones(3, dtype=torch.uint8)
+    came = torch.zeros_like(data)
+    with ThreadPoolExecutor() as pool:
+        receiving = pool.submit(target.receive(came))
+        time.sleep(0.6)
+        source.send(data)()
+        assert receiving.exception(5) is None and torch.equal(came, data)
 
 
 @pytest.mark.parametrize("source", [True, False])
