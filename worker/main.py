@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ..common.clock import RealClock
 from ..common.config import WorkerConfig
-from ..common.errors import BatonError
+from ..common.errors import BatonError, DeadlineExceeded
 from ..common.messages import WorkerStatus
 from ..protos.rpc import Peer
 from .assembly import Worker, new_epoch
@@ -131,13 +131,15 @@ async def run(config: WorkerConfig) -> None:
                 ranks.followers.check()
             if not thread.ended.done():
                 reporter.set(state="draining")
-                await _until(asyncio.ensure_future(_drained(worker, thread.ended.done, config.drain_s)), at_once)
+                draining = events.create_task(_drained(worker, thread.ended.done, config.drain_s))
+                await _until(draining, at_once)
+                draining.cancel()
             if thread.ended.done():
                 thread.ended.result()
         finally:
             thread.stop()
-            await worker.stop()
             await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
+            await worker.stop()
     finally:
         if ranks is not None:
             await asyncio.to_thread(ranks.close)
@@ -149,13 +151,17 @@ async def _drained(worker: Worker, broken: Callable[[], bool], within_s: float) 
     """Until routers have known for a while that nothing new may come, and nothing is left; or the time is up, or
     nothing can be done any more."""
     log.info("draining: what runs here moves or ends, for %.0f s at most", within_s)
-    with contextlib.suppress(TimeoutError, BatonError):
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(within_s):
             quiet = 0.0
             while quiet < LINGER_S and worker.asked and not broken():
                 await asyncio.sleep(DRAIN_LOOK_S)
-                report = await worker.check()
-                quiet = quiet + DRAIN_LOOK_S if report.sequences == report.handovers == 0 else 0.0
+                try:
+                    report = await worker.check()
+                except DeadlineExceeded:  # a step takes long: that is no reason to cut what it works for
+                    quiet = 0.0
+                else:
+                    quiet = quiet + DRAIN_LOOK_S if report.sequences == report.handovers == 0 else 0.0
 
 
 def _post(events: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
