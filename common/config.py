@@ -68,7 +68,7 @@ class HandoverConfig:
     frame_bytes: int = 8 << 20
     """Payload of one data frame at most: large, because each frame costs some 100 µs of Python beside its bytes."""
     window_frames: int = 3
-    """Frames in flight from one source to one target at most: the credits. Enough that neither end waits; few enough
+    """Credits: at most so many times `frame_bytes` are in flight from one source's rank to one target's. Enough that neither end waits; few enough
     that the target finds in a cache that both ends share what the source has just hashed."""
 
 
@@ -81,8 +81,8 @@ class WorkerConfig:
     model_name: str = ""
     host: str = "127.0.0.1"
     port: int = 0
-    lane_port: int = 0
-    """Where rank 0 takes KV in over sockets; rank n does at this plus n. 0: each at any port that is free."""
+    """For control messages and gRPC. KV over sockets comes in at any ports that are free, another for each rank, so a
+    firewall between workers has to let them reach all of each other's."""
     controller: str = ""
     """host:port of the controller; empty: alone (tests)."""
     cluster_token: str = ""

@@ -73,7 +73,7 @@ SECTIONS: dict[str, tuple[type, frozenset[str]]] = {
         WorkerConfig,
         frozenset(
             {
-                *("name", "role", "engine", "handover", "model_name", "port", "lane_port"),
+                *("name", "role", "engine", "handover", "model_name", "port"),
                 *("controller", "cluster_token"),
             }
         ),

@@ -37,13 +37,12 @@ class Plane:
     """What moves KV in and out of one rank of worker `ref`. `post` gets what the engine loop has to know, from any
     thread. `shared`: the pool's memory, where peers can see it. `grpc`: where gRPC lanes reach this rank, if anywhere.
     `loop`: the process's event loop, which gRPC runs on, if there is one. `groups`: what makes process groups, if
-    anything does. `late_s`: see `RankInlet`. `lane_port`: see `WorkerConfig`. Raises `TransportFailed` where it is
-    taken."""
+    anything does. `late_s`: see `RankInlet`. Raises `TransportFailed` where nothing can listen at `host`."""
 
     def __init__(
         self, ref: WorkerRef, store: Store, config: HandoverConfig, token: str, host: str, clock: Clock,
         loop: asyncio.AbstractEventLoop | None, post: Callable[[Event], None], shared: Shared | None, grpc: str,
-        groups: ProcessGroups | None = None, late_s: float = 0.0, lane_port: int = 0,
+        groups: ProcessGroups | None = None, late_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.store = store
         self.inlet = RankInlet(store, clock, post, late_s)
@@ -62,11 +61,10 @@ class Plane:
         if groups is not None:
             takers["process-group"] = groups.taker
         self._server = LaneServer(ref, store.rank, self.inlet, takers, config.lease_s)
-        port = lane_port and lane_port + store.rank
         try:
-            self._listener = Listener(host, port, token, self._server.serve, "lane")
+            self._listener = Listener(host, 0, token, self._server.serve, "lane")
         except OSError as error:
-            raise TransportFailed(f"no lanes can come in at {host}:{port}: {error}") from error
+            raise TransportFailed(f"no lanes can come in at {host}: {error}") from error
         self.door: Mapping[str, str] = self._addresses(grpc)
 
     async def serve_grpc(self, stream: Stream[bytes, bytes]) -> None:

@@ -151,7 +151,6 @@ class Worker:
         self.plane = Plane(
             self.ref, engine.store, config.handover, config.cluster_token, config.host, self._clock, self._events,
             self.inbox.post if spread is None else spread.of_rank_0, engine.shared, grpc, engine.groups,
-            lane_port=config.lane_port,
         )  # fmt: skip
         if followers is None or spread is None:
             return self.plane.inlet, self.plane.outlet, (self.plane.door,)
@@ -168,10 +167,10 @@ class Worker:
         await self._server.start()
 
     async def stop(self) -> None:
-        """Hang up on everybody."""
+        """Hang up on everybody. The loop should have ended: it opens lanes."""
         await self._server.stop(grace=0)
         await self._targets.stop()
-        self.plane.stop()
+        await asyncio.to_thread(self.plane.stop)  # it waits for lanes, and those over gRPC wait for this event loop
 
     # --- rpc.WorkerService ---
 

@@ -115,5 +115,5 @@ def following_plane(config: RankConfig, pool: KvPool, memory: PoolMemory, post: 
     return Plane(
         WorkerRef(worker.name, "", config.epoch), store_of(pool, handover.checksums), handover, worker.cluster_token,
         worker.host, RealClock(), None, post, memory.shared, "",
-        ProcessGroups(pool.flat.device, worker.host, handover.lease_s), LATE_S, worker.lane_port,
+        ProcessGroups(pool.flat.device, worker.host, handover.lease_s), LATE_S,
     )  # fmt: skip

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import replace
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from baton.common.clock import RealClock
 from baton.common.config import EngineConfig, WorkerConfig, to_json
-from baton.common.errors import EngineBroken, TransportFailed
+from baton.common.errors import EngineBroken
 from baton.common.types import Role
 from baton.engine.follower import READY
 from baton.engine.plan import Slice, StepPlan
 from baton.engine.runner import Engine, build_engine
-from baton.worker.assembly import Worker
 from baton.worker.ranks import Ranks
 
 from ..e2e.serving import eventually, gone
 from ..engine.test_model import advance, prompts, sequence, start
 from ..tiny import make_checkpoint
-from ..toy import ToyEngine, worker_config
 
 TIMEOUT_S = 2.0
 
@@ -127,30 +122,12 @@ def test_ranks_end_with_their_worker_even_stopped_ones(checkpoint: Path, tmp_pat
     eventually(lambda: gone(child), "the rank has ended")
 
 
-def ports_in_a_row(count: int) -> int:
-    """The first of so many that are free."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first, ExitStack() as rest:
-            port: int = first.getsockname()[1]
-            with suppress(OSError):
-                for number in range(1, count):
-                    rest.enter_context(socket.create_server(("127.0.0.1", port + number)))
-                return port
-
-
-def test_each_rank_takes_lanes_in_at_a_port_of_its_own(checkpoint: Path) -> None:
-    port = ports_in_a_row(2)
-    with running(checkpoint, 2, lane_port=port) as (ranks, _):
+def test_each_rank_takes_lanes_in_at_a_door_of_its_own(checkpoint: Path) -> None:
+    with running(checkpoint, 2) as (ranks, _):
         ((door,),) = ranks.followers.wait_for(READY)
-    assert door["tcp"] == f"127.0.0.1:{port + 1}"
+    host, _, port = door["tcp"].rpartition(":")
+    assert host == "127.0.0.1" and int(port) > 0
     assert "grpc" not in door
-
-
-async def test_a_lane_port_that_is_taken_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        config = replace(worker_config("worker", Role.DECODE), lane_port=taken.getsockname()[1])
-        with pytest.raises(TransportFailed, match=f"no lanes can come in at 127.0.0.1:{config.lane_port}"):
-            Worker(config, ToyEngine(), RealClock())
 
 
 def test_a_worker_that_is_told_to_stop_while_it_loads_ends_with_its_ranks(checkpoint: Path) -> None:
