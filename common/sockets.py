@@ -174,8 +174,9 @@ def receive_exactly(connection: socket.socket, target: memoryview) -> None:
     except OSError as error:
         raise WorkerLost(f"nothing more came: {error}") from error
     finally:
-        with contextlib.suppress(OSError):  # closed meanwhile
-            connection.settimeout(timeout)
+        if timeout is not None:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                connection.settimeout(timeout)
 
 
 def limit_waits(connection: socket.socket, *, sending: float, receiving: float) -> None:

@@ -29,6 +29,8 @@ class Link(Protocol):
 
     def close(self) -> None: ...
 
+    def release(self) -> None: ...
+
 
 class InlineGiver:
     """See `transport.Giver`. Packs pieces as `target` keeps them."""
@@ -59,6 +61,9 @@ class InlineGiver:
 
     def close(self) -> None:
         self._link.close()
+
+    def release(self) -> None:
+        self._link.release()
 
 
 class InlineTaker:

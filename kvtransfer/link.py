@@ -105,13 +105,17 @@ class SocketLink:
         else:
             why = "the target hung up"
         if not data:
-            self._socket.close()
+            self.close()  # the other thread may wait for the target to read; its socket must stay its own until then
             raise WorkerLost(why)
         return len(data)
 
     def close(self) -> None:
         """Wake whoever waits here. Idempotent."""
         sockets.hang_up(self._socket)
+
+    def release(self) -> None:
+        """When nobody waits here any more."""
+        self._socket.close()
 
 
 def waiting_headers(connection: socket.socket, most: int) -> list[FrameHeader]:

@@ -174,6 +174,10 @@ class Giver(Protocol):
         """Wake whoever waits here. Idempotent."""
         ...
 
+    def release(self) -> None:
+        """Once closed, and when nobody waits here any more: let go of what is held."""
+        ...
+
 
 class Taker(Protocol):
     """The receiving end of one lane; used by one thread only."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from baton.common.clock import ManualClock
 from baton.common.config import HandoverConfig
 from baton.common.errors import BatonError, TransportFailed, WorkerLost
 from baton.common.messages import TransportBroken
+from baton.common.types import WorkerRef
 from baton.kvtransfer.outlet import AVOIDED_S, LaneOutlet
 from tests.kvtransfer.test_process_group import End, soon
 from tests.toy import FORMAT, endpoint
@@ -27,13 +29,16 @@ class Giver:
 
     def __init__(self, error: Exception) -> None:
         self._error = error
-        self.closed = threading.Event()
+        self.closed, self.released = threading.Event(), threading.Event()
 
     def credits(self) -> int:
         raise self._error
 
     def close(self) -> None:
         self.closed.set()
+
+    def release(self) -> None:
+        self.released.set()
 
 
 def outlet(make: Any) -> tuple[LaneOutlet, ManualClock, queue.SimpleQueue[TransportBroken]]:
@@ -59,11 +64,59 @@ def test_a_transport_that_worked_is_avoided_for_a_while_only(error: BatonError) 
     made, clock, said = outlet(lambda *_: giver)
     broken = said.get(timeout=5)
     assert (broken.target, broken.transport, broken.lasting) == (TARGET.ref, "tcp", lasting)
-    assert giver.closed.wait(5)
+    assert giver.closed.wait(5) and giver.released.wait(5)
     clock.advance(AVOIDED_S - 1)
     assert made.failed(TARGET.ref) == ("tcp",)
     clock.advance(2)
     assert made.failed(TARGET.ref) == (("tcp",) if lasting else ())
+
+
+def test_a_connection_is_let_go_when_both_threads_have_ended() -> None:
+    """Before that the other one may still be about to use it."""
+    waiting, gone = threading.Event(), threading.Event()
+
+    class Slow(Giver):
+        def credits(self) -> int:
+            waiting.set()
+            assert gone.wait(5)
+            raise WorkerLost("woken late")
+
+    giver = Slow(WorkerLost("unused"))
+    made, _, _ = outlet(lambda *_: giver)
+    assert waiting.wait(5)
+    (lane,) = made._lanes.values()
+    lane.stop()
+    assert giver.closed.wait(5) and not giver.released.wait(0.05)
+    gone.set()
+    assert giver.released.wait(5)
+
+
+def test_the_window_counts_bytes_also_where_one_block_is_more_than_a_frame() -> None:
+    """A piece is not split, whatever a frame should hold."""
+    config = HandoverConfig(frame_bytes=4 * FORMAT.block_bytes, window_frames=3)
+    store: Any = SimpleNamespace(format=FORMAT, rank=0)
+
+    def window(frame_bytes: int) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("baton.kvtransfer.outlet.STAGED_BYTES", {"tcp": frame_bytes})
+            made = LaneOutlet(store, config, ManualClock(), raises(WorkerLost("nobody")), lambda _: None)
+            made.open(1, 1, TARGET, "tcp")
+            (lane,) = made._transfers[1].lanes
+            return lane._window
+
+    assert [window(n * FORMAT.block_bytes // 4) for n in (16, 8, 4, 1)] == [3, 6, 12, 12]
+
+
+def test_what_failed_long_ago_or_for_those_who_are_gone_is_forgotten() -> None:
+    made, clock, _ = outlet(lambda *_: Giver(WorkerLost("unused")))
+    made.forgive(TARGET.ref)
+    for epoch in range(2, 5):  # each dies after `forgive` has been called for it
+        made.fell(TransportBroken(replace(TARGET.ref, epoch=epoch), "tcp", "restarted", True))
+    assert [ref.epoch for ref in made._failed] == [4]
+    made.fell(TransportBroken(WorkerRef("other", "", 1), "tcp", "hung up", False))
+    clock.advance(AVOIDED_S + 1)
+    made.fell(TransportBroken(WorkerRef("third", "", 1), "tcp", "hung up", False))
+    assert {ref.name for ref in made._failed} == {TARGET.ref.name, "third"}
 
 
 def test_what_can_not_be_had_is_avoided_until_it_is_forgiven() -> None:

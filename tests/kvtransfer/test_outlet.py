@@ -50,6 +50,9 @@ class Slow:
     def close(self) -> None:
         self.closed.set()
 
+    def release(self) -> None:
+        assert "credits" in self.ended
+
 
 def test_no_thread_of_a_lane_outlives_its_outlet() -> None:
     form = KvFormat(num_layers=2, num_kv_heads=1, head_dim=16, block_size=16, dtype="float32")
