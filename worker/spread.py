@@ -5,7 +5,7 @@ same ordered stream as the steps (`engine/follower.py`). So a rank opens a reser
 and closes one before a step writes them for somebody else. What their planes have to say comes back as reports; a
 handover is complete with its last rank.
 
-    rank 0: SpreadInlet, SpreadOutlet ── commands ──▶ rank n: `handlers` of its plane
+    rank 0: SpreadInlet, SpreadOutlet ── commands ──▶ rank n: `commands` of its plane
             ◀───────────────── filled, spoiled, broken ─────────────────
 """
 
