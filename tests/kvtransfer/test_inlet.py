@@ -146,7 +146,7 @@ def test_a_source_that_goes_on_after_a_bad_frame_says_nothing_more(
 
 def test_a_frame_that_waits_for_its_reservation_is_let_go_when_that_is_closed(pool: ToyPool) -> None:
     """A handover that ends before this rank has heard of its beginning."""
-    inlet = RankInlet(pool.store, ManualClock(), lambda _: None, late_s=60.0)
+    inlet = RankInlet(pool.store, ManualClock(), lambda _: None, late_s=10.0)
     with ThreadPoolExecutor() as threads:
         waiting = threads.submit(inlet.receive, SOURCE, 0, frame(0, 2, 1), Given())
         with pytest.raises(TimeoutError):
