@@ -57,17 +57,19 @@ class HandoverConfig:
     max_sending: int = 16
     """Handovers that one decode worker takes in at a time, and that one prefill worker opens to it."""
     headroom_tokens: int = 64
-    """Room for output that a reservation includes beside the prompt."""
+    """Room for output that a reservation includes beside the prompt; for a long request that moves while it runs, more
+    (`decode/moves.py`). Alike on all workers."""
     transport: str = "auto"
     """How KV travels to this worker: auto (the best that both ends have), cuda-ipc, shm, process-group, tcp or grpc.
-    One that a pair cannot use, or that fails, gives way to the next."""
+    One that a pair cannot use, or that fails, gives way to the next. Only workers without tensor parallelism have
+    grpc."""
     checksums: bool = True
     """Every piece is hashed at both ends; what does not match is recomputed."""
     frame_bytes: int = 8 << 20
     """Payload of one data frame at most: large, because each frame costs some 100 µs of Python beside its bytes."""
     window_frames: int = 3
-    """Frames in flight from one source to one target at most: the credits. Enough that neither end waits; few enough
-    that the target finds in a cache that both ends share what the source has just hashed."""
+    """Credits: at most so many times `frame_bytes` are in flight from one source's rank to one target's. Enough that
+    neither end waits; few enough that the target finds in a cache that both ends share what the source has hashed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class WorkerConfig:
     model_name: str = ""
     host: str = "127.0.0.1"
     port: int = 0
+    """For control messages and gRPC. KV over sockets comes in at any ports that are free, another for each rank, so a
+    firewall between workers has to let them reach all of each other's."""
     controller: str = ""
     """host:port of the controller; empty: alone (tests)."""
     cluster_token: str = ""

@@ -5,7 +5,8 @@ read, each by a keyed hash of the other's random challenge; the token itself nev
 
     server ── challenge ──▶ client ── challenge, proof ──▶ server ── proof ──▶ client, then messages either way
 
-A message is a length and its bytes. Whoever waits sets a timeout on the socket first.
+A message is a length and its bytes. Whoever waits sets a timeout on the socket first: `settimeout`, or, where many
+bytes flow, `limit_waits`.
 """
 
 from __future__ import annotations
@@ -157,21 +158,34 @@ def send_all(connection: socket.socket, *parts: Buffer) -> None:
 
 
 def receive_exactly(connection: socket.socket, target: memoryview) -> None:
-    """Fill `target` with what comes. Raises `WorkerLost` where it does not come whole within the socket's timeout."""
-    rest, timeout = target.cast("B"), connection.gettimeout()
-    deadline = None if timeout is None else time.monotonic() + timeout
+    """Fill `target` with what comes. Raises `WorkerLost` where it does not come whole within the socket's timeout; with
+    `limit_waits`, where nothing is heard for as long, or it is not whole after twice that."""
+    rest, timeout, begin = target.cast("B"), connection.gettimeout(), time.monotonic()
     try:
         while rest.nbytes:
-            if deadline is not None:
-                connection.settimeout(max(deadline - time.monotonic(), _SOON_S))
-            count = connection.recv_into(rest)
+            if timeout is not None:
+                connection.settimeout(max(begin + timeout - time.monotonic(), _SOON_S))
+            count = connection.recv_into(rest, 0, socket.MSG_WAITALL)
             if count == 0:
                 raise WorkerLost("the other end hung up")
             rest = rest[count:]
+            if rest.nbytes and timeout is None and 0 < _limit(connection) < time.monotonic() - begin:
+                raise WorkerLost("too little came")
     except OSError as error:
         raise WorkerLost(f"nothing more came: {error}") from error
     finally:
-        connection.settimeout(timeout)
+        if timeout is not None:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                connection.settimeout(timeout)
+
+
+def limit_waits(connection: socket.socket, *, sending: float, receiving: float) -> None:
+    """Have the system bound each wait on this socket, in seconds (0: not at all), instead of Python: it then waits once
+    for all bytes of a call and not for whatever there is, and each wait costs a switch to another thread and back."""
+    connection.settimeout(None)
+    for option, seconds in ((socket.SO_SNDTIMEO, sending), (socket.SO_RCVTIMEO, receiving)):
+        limit = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def wait(connection: socket.socket) -> None:
@@ -189,16 +203,14 @@ def hang_up(connection: socket.socket) -> None:
 
 
 def hung_up(connection: socket.socket) -> bool:
-    """Whether the other end will say nothing more. Reads nothing, and does not wait."""
+    """Whether the other end will say no more than what may still wait to be read. Reads nothing, and does not wait."""
     waiting = select.poll()
-    waiting.register(connection, select.POLLIN)
-    try:
-        return bool(waiting.poll(0)) and not connection.recv(1, socket.MSG_PEEK)
-    except OSError:
-        return True
+    waiting.register(connection, select.POLLRDHUP)
+    return bool(waiting.poll(0))
 
 
 _IOV_MAX = 512
+_TIMEVAL = struct.Struct("@ll")
 _SOON_S = 0.001
 """What is left of a deadline that has passed: a timeout of 0 would mean another thing."""
 
@@ -210,6 +222,13 @@ def _after(parts: list[memoryview], sent: int) -> list[memoryview]:
             return [part[sent:], *parts[i + 1 :]]
         sent -= part.nbytes
     return []
+
+
+def _limit(connection: socket.socket) -> float:
+    """What `limit_waits` has set, in seconds; 0: nothing."""
+    limit = connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.size)
+    seconds, micros = _TIMEVAL.unpack(limit)
+    return float(seconds + micros / 1e6)
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

@@ -5,7 +5,8 @@
 While blocks travel the request goes on decoding here, and what fills up meanwhile follows. Once nothing is under way
 it pauses, and its last, partial block and the tokens drawn since `Reserve` go with the commit. So the pause is one
 small transfer, unless the context takes longer to travel than half the room that the target keeps for new tokens
-lasts: then it waits for the rest. (Live migration of requests is Llumnix's, OSDI '24.)
+lasts: then it waits for the rest. The room grows with the context (`headroom`), as the time does that it takes to
+travel. (Live migration of requests is Llumnix's, OSDI '24.)
 
 Until the commit is out, whatever goes wrong ends the move and not the request, which stays. After that only the target
 knows whether it has it: an answer that does not come makes it the router's case, as with any handover.
@@ -17,6 +18,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..common.config import HandoverConfig
 from ..common.errors import BatonError, CorruptBlock, HandoverFailed, TransportFailed, from_code
 from ..common.messages import (
     Abort,
@@ -39,6 +41,16 @@ from ..kvtransfer.transport import Outlet
 from .planner import ContinuousBatching
 
 log = logging.getLogger(__name__)
+
+SHARE = 16
+"""A request that moves has room for a 16th of what it has. While it travels at 0.3 GB/s and 128 KiB a token, it draws
+about a 46th, in steps of 20 ms."""
+
+
+def headroom(config: HandoverConfig, running: int) -> int:
+    """Tokens for which a reservation has room beside what a request has: `running` of them if it runs already, or 0.
+    Both ends of a move count on it, with the same configuration."""
+    return max(config.headroom_tokens, running // SHARE)
 
 
 class Moves:
@@ -142,7 +154,8 @@ class Moves:
 
     def _far_ahead(self, outgoing: Outgoing[Sequence]) -> bool:
         """The target reserved room for so many tokens more: do not outrun it."""
-        return 2 * len(self._drawn[outgoing.id]) >= self._context.handover.headroom_tokens
+        drawn = len(self._drawn[outgoing.id])
+        return 2 * drawn >= headroom(self._context.handover, len(outgoing.subject.tokens) - drawn)
 
     def _commit(self, outgoing: Outgoing[Sequence], now: float) -> None:
         sequence = outgoing.subject

@@ -18,7 +18,7 @@ from ..engine.plan import Sampled, Slice, StepPlan
 from ..engine.role import Context
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.transport import Outlet
-from .moves import Moves
+from .moves import Moves, headroom
 from .planner import ContinuousBatching
 
 log = logging.getLogger(__name__)
@@ -78,13 +78,13 @@ class DecodeRole:
             raise PoolFull("preempted requests wait for room here")
         if self.places <= 0:
             raise PoolFull(f"the batch is full: {context.limits.max_running} requests")
-        room = min(
-            tokens + context.handover.headroom_tokens, sequence.max_len, context.limits.max_model_len,
-            table.manager.num_blocks * table.block_size,
-        )  # fmt: skip
+        running = tokens if sequence.output_len else 0
+        limit = min(sequence.max_len, context.limits.max_model_len, table.manager.num_blocks * table.block_size)
+        most, least = (min(tokens + headroom(context.handover, n), limit) for n in (running, 0))
         # The last token's block does not count as cached: should the commit bring no token, its KV is computed here.
-        if not table.admit(sequence, tokens - 1, room):
-            raise PoolFull(f"no room for {room} tokens; {table.manager.available} blocks are available")
+        # With the least room, one that moves may outrun it and stay where it is, as it would if it were refused.
+        if not any(table.admit(sequence, tokens - 1, room) for room in (most, least)):
+            raise PoolFull(f"no room for {least} tokens; {table.manager.available} blocks are available")
 
     def take(self, sequence: Sequence, tokens: tuple[TokenOut, ...]) -> None:
         """See `engine.role.Host`."""

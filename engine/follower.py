@@ -31,7 +31,8 @@ STALL_S = 120.0
 """A rank that is starting and has said nothing for this long is taken for hung."""
 
 HERE, PROGRESS, READY = "here", "progress", "ready"
-"""What a follower reports while it starts: that it runs, the share that it has loaded, and that it has loaded all."""
+"""What a follower reports while it starts: that it runs, the share that it has loaded, and that it has loaded all. With
+the last comes what its rank 0 is to know of it."""
 
 MEET = "meet"
 """The command to make the `RankGroup`, in which none waits long for another: it comes when all run."""
@@ -57,7 +58,7 @@ class Followers:
         self.meeting = str(self._folder / "meeting")
         self._handlers: dict[str, Handler] = {}
         self._lines: dict[int, socket.socket] = {}
-        self._said: set[tuple[int, str]] = set()
+        self._said: dict[tuple[int, str], list[Any]] = {}
         self._words = 0
         self._changed = threading.Condition()
         self._order = threading.Lock()
@@ -68,16 +69,17 @@ class Followers:
         """Call `handler(rank, *arguments)` for each such report, on the thread that reads that rank's reports."""
         self._handlers[report] = handler
 
-    def wait_for(self, report: str) -> None:
-        """Return when every follower has made this report. Raises `EngineBroken` when one is lost, or none has said
-        anything for `STALL_S`."""
+    def wait_for(self, report: str) -> list[list[Any]]:
+        """Return when every follower has made this report: its last arguments, in order of rank. Raises `EngineBroken`
+        when one is lost, or none has said anything for `STALL_S`."""
         with self._changed:
             while not self.lost.done() and sum(name == report for _, name in self._said) < self._count:
                 words = self._words
                 self._changed.wait(STALL_S)
                 if self._words == words:
                     self.lose(f"ranks are not {report}, and have said nothing for {STALL_S:.0f} s")
-        self.check()
+            self.check()
+            return [self._said[rank, report] for rank in range(1, self._count + 1)]
 
     def send(self, command: str, *arguments: Any) -> None:
         """Give every follower a command. Raises `EngineBroken` where one is lost, or does not read for the timeout."""
@@ -115,19 +117,19 @@ class Followers:
         line.settimeout(self.timeout_s)
         with self._order:
             self._lines[rank] = line
-        self._note(rank, HERE)
+        self._note(rank, HERE, [])
         try:
             while True:
                 report, *arguments = _next(line)
                 if handler := self._handlers.get(report):
                     handler(rank, *arguments)
-                self._note(rank, report)
+                self._note(rank, report, arguments)
         finally:
             self.lose(f"rank {rank} hung up")
 
-    def _note(self, rank: int, report: str) -> None:
+    def _note(self, rank: int, report: str, arguments: list[Any]) -> None:
         with self._changed:
-            self._said.add((rank, report))
+            self._said[rank, report] = arguments
             self._words += 1
             self._changed.notify_all()
 

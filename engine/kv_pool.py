@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..common.errors import HandoverFailed
 from ..common.kv_format import KvFormat
 from ..kernels.quantised import TYPES, split_rows
 
@@ -59,46 +58,11 @@ class KvPool:
         self.num_blocks = num_blocks
         self.flat = flat = allocator(format.num_layers * num_blocks * format.block_bytes)
         self.memory: np.ndarray[Any, np.dtype[np.uint8]] | None = flat.numpy() if flat.device.type == "cpu" else None
-        self._bytes = flat.view(format.num_layers, num_blocks, format.block_bytes)
         rows = flat.view(format.num_layers, num_blocks, 2, format.heads_per_rank, format.row_bytes)
         elements, scales = split_rows(rows, TYPES[format.dtype], format.head_dim)
         self.layers = elements.unbind()
         self.scales: tuple[torch.Tensor, ...] = () if scales is None else scales.unbind()
         self.kv = rows.unbind() if format.quantised else self.layers
-
-    @property
-    def num_layers(self) -> int:
-        return self.format.num_layers
-
-    @property
-    def block_bytes(self) -> int:
-        return self.format.block_bytes
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self.format.bytes_per_token
-
-    def gather(self, layer: int, blocks: Sequence[int]) -> memoryview:
-        """A copy of these blocks of one layer, one after the other. May be called from any thread."""
-        rows = self._bytes[layer]
-        if rows.device.type == "cpu":  # numpy copies in the calling thread; torch would start a team of its own
-            return np.take(rows.numpy(), np.asarray(blocks, dtype=np.int64), axis=0).reshape(-1).data
-        index = torch.tensor(blocks, dtype=torch.int64, device=rows.device)
-        return rows.index_select(0, index).cpu().numpy().reshape(-1).data
-
-    def scatter(self, layer: int, blocks: Sequence[int], data: bytes | bytearray | memoryview) -> None:
-        """Write what `gather` read, into these blocks. Raises `HandoverFailed` where the length does not fit."""
-        expected = len(blocks) * self.block_bytes
-        size = memoryview(data).nbytes
-        if size != expected:
-            raise HandoverFailed(f"{size} bytes for {len(blocks)} blocks of {self.block_bytes}: not {expected}")
-        rows = self._bytes[layer]
-        source = np.frombuffer(data, dtype=np.uint8).reshape(len(blocks), self.block_bytes)
-        if rows.device.type == "cpu":
-            rows.numpy()[np.asarray(blocks, dtype=np.int64)] = source
-        else:
-            index = torch.tensor(blocks, dtype=torch.int64, device=rows.device)
-            rows.index_copy_(0, index, torch.from_numpy(source.copy()).to(rows.device))
 
     def fill(self, blocks: Sequence[int], value: float) -> None:
         """Overwrite K and V of these blocks in every layer: tests poison free blocks with NaN."""

@@ -8,12 +8,12 @@ live in one process or in two.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..common.errors import BatonError
+from ..common.errors import BatonError, Overloaded
 from ..common.messages import (
     CheckReport,
     Endpoint,
@@ -121,29 +121,53 @@ InboxItem = (
 )
 
 
+MAX_UNREAD = 512
+"""Messages of one peer that may wait for the loop. One that says more than this in a step has to wait itself."""
+
+
 class Inbox:
-    """Posted to by any thread, drained by the loop. Bounded by its producers: routers by their admission limit,
-    sources by `max_sending`, transports by their credits."""
+    """Posted to by any thread, drained by the loop. What peers say is bounded here, for each of them; what this process
+    says itself, by the handovers and connections that there are."""
 
     def __init__(self) -> None:
-        self._items: deque[InboxItem] = deque()
+        self._items: list[InboxItem] = []
+        self._unread: Counter[object] = Counter()
+        self._lock = threading.Lock()
         self._wake = threading.Event()
 
     def post(self, item: InboxItem) -> None:
-        self._items.append(item)
+        """Raises `Overloaded` where `MAX_UNREAD` messages of the same peer are waiting."""
+        with self._lock:
+            if isinstance(item, FromRouter | FromSource | FromTarget):
+                peer = _peer(item)
+                if self._unread[peer] >= MAX_UNREAD:
+                    raise Overloaded(f"{MAX_UNREAD} messages wait to be read")
+                self._unread[peer] += 1
+            self._items.append(item)
         self._wake.set()
 
     def drain(self) -> list[InboxItem]:
         """All that has been posted, in order."""
         self._wake.clear()
-        items = []
-        while self._items:
-            items.append(self._items.popleft())
+        with self._lock:
+            items, self._items = self._items, []
+            self._unread.clear()
         return items
 
     def wait(self, timeout: float) -> None:
         """Return when something has been posted, or after `timeout` seconds."""
         self._wake.wait(timeout)
+
+
+def _peer(item: FromRouter | FromSource | FromTarget) -> object:
+    """Whose message it is. A worker may be a source and a target, on two streams."""
+    match item:
+        case FromRouter(router):
+            return router
+        case FromSource(source):
+            return FromSource, source.ref
+        case FromTarget(target):
+            return FromTarget, target.ref
 
 
 # --- what goes out ---

@@ -43,9 +43,11 @@ read before it is written, and a handover pushes out of the caches what the engi
 
 
 def copy(
-    source: Memory, source_at: Places, target: Memory, target_at: Places, size: int, *, checked: bool = True
-) -> NDArray[np.uint64]:
+    source: Memory, source_at: Places, target: Memory, target_at: Places, size: int, *, checked: bool = True,
+    passing: bool = False,
+) -> NDArray[np.uint64]:  # fmt: skip
     """Copy each piece's segments of `size` bytes and return [pieces] checksums, zeros where `checked` is not asked for.
+    `passing`: the target is read again at once and then of no more use, so that it had best stay in a cache.
 
     The checksums are those of the bytes as they were stored, even if somebody writes to the source meanwhile. Source
     and target must not overlap; the source may be read-only. Raises `IndexError`, with nothing copied, where a segment
@@ -62,7 +64,7 @@ def copy(
         for one, other in zip(source_at.flat, target_at.flat, strict=True):
             target[other : other + size] = source[one : one + size]
         return _plain_checksums(target, target_at, size) if checked else sums
-    streamed = source_at.size * size > _STREAM_FROM and size % _STRIPE == 0
+    streamed = not passing and source_at.size * size > _STREAM_FROM and size % _STRIPE == 0
     library.move(
         *(source.ctypes.data, source_at.ctypes.data, target.ctypes.data, target_at.ctypes.data),
         *(*source_at.shape, size, streamed, sums.ctypes.data if checked else None),

@@ -92,6 +92,9 @@ class FetchGiver:
     def close(self) -> None:
         self._link.close()
 
+    def release(self) -> None:
+        self._link.release()
+
 
 class FetchTaker:
     """See `transport.Taker`."""

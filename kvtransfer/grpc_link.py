@@ -68,6 +68,9 @@ class GrpcLink:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._close)
 
+    def release(self) -> None:
+        """The event loop has let go of the stream and its channel."""
+
     def _close(self) -> None:
         if self._stream is not None:
             self._stream.cancel()

@@ -46,7 +46,7 @@ class HostStore:
         into = in_payload(part.count, piece)
         if as_kept(self.format, target):
             at = self._at(layer, part.blocks, route.source_head, route.heads)
-            return move.copy(self.memory, at, data, into, piece // 2, checked=self.checked)
+            return move.copy(self.memory, at, data, into, piece // 2, checked=self.checked, passing=True)
         data[:] = self._recut(layer, part, route, target).reshape(-1)
         return self._sums(data, into, piece // 2)
 

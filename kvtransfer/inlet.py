@@ -87,10 +87,13 @@ class RankInlet:
             self._post(Filled(key))
 
     def close(self, key: HandoverKey) -> None:
-        reservation = self._reservations.pop(key, None)
-        self._over[key] = None
-        if len(self._over) > REMEMBERED:
-            self._over.popitem(last=False)
+        with self._opened:
+            reservation = self._reservations.pop(key, None)
+            if self._late_s:
+                self._over[key] = None
+                if len(self._over) > REMEMBERED:
+                    self._over.popitem(last=False)
+                self._opened.notify_all()
         if reservation is not None:
             with reservation.lock:
                 reservation.open = False
@@ -103,7 +106,7 @@ class RankInlet:
     def receive(self, source: tuple[str, int], rank: int, header: FrameHeader, taker: Taker) -> None:
         """Take one frame of a source (name, epoch) and its rank. Raises `StaleAttempt` where there is no such
         reservation (any more); `HandoverFailed` where the frame breaks the protocol, and then nothing is written, or
-        is damaged, and then nobody will read what was."""
+        is damaged, and then nobody will read what was. Such a frame spoils its reservation, which is closed then."""
         key = (*source, header.handover_id)
         if self._late_s:
             with self._opened:
@@ -114,10 +117,11 @@ class RankInlet:
         reservation.settled()  # without the lock, which the engine loop may want
         with reservation.lock:
             if not reservation.open:
-                raise StaleAttempt(f"reservation {header.handover_id} has just been closed")
+                raise StaleAttempt(f"reservation {header.handover_id} is spoiled, or has just been closed")
             try:
                 complete = self._write(reservation, rank, header, taker)
             except BatonError as error:
+                reservation.open = False  # it is told once, and nothing more is written
                 self._post(Spoiled(key, error.message, error.code))
                 raise
         if complete:

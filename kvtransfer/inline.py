@@ -1,5 +1,10 @@
 """Bytes that follow their frame: how `tcp` and `grpc` carry pieces. Packed and unpacked through a staging buffer at
-each end, so that no lock is held while somebody else is waited for."""
+each end, so that no lock is held while somebody else is waited for, and nobody else's stream writes into the pool.
+
+By `tcp` the buffer stays in a cache, and the way through it costs less than it saves: a socket that receives straight
+into the pool first reads each line from memory that it is about to write, and then it has to be hashed, while
+`kernels/move.c` hashes and stores past the caches in one pass. Tried side by side, the straight way was a sixth slower.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,8 @@ class Link(Protocol):
     def credits(self) -> int: ...
 
     def close(self) -> None: ...
+
+    def release(self) -> None: ...
 
 
 class InlineGiver:
@@ -54,6 +61,9 @@ class InlineGiver:
 
     def close(self) -> None:
         self._link.close()
+
+    def release(self) -> None:
+        self._link.release()
 
 
 class InlineTaker:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import select
 import socket
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 
@@ -82,9 +81,7 @@ class SocketLink:
         except BatonError:
             self._socket.close()
             raise
-        self._socket.settimeout(None)  # credits come when they come; sending has its deadline from the system
-        deadline = struct.pack("@ll", int(patience), int(patience % 1 * 1e6))  # a struct timeval
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
+        sockets.limit_waits(self._socket, sending=patience, receiving=0)  # credits come when they come
 
     @property
     def socket(self) -> socket.socket:
@@ -108,13 +105,17 @@ class SocketLink:
         else:
             why = "the target hung up"
         if not data:
-            self._socket.close()
+            self.close()  # the other thread may wait for the target to read; its socket must stay its own until then
             raise WorkerLost(why)
         return len(data)
 
     def close(self) -> None:
         """Wake whoever waits here. Idempotent."""
         sockets.hang_up(self._socket)
+
+    def release(self) -> None:
+        """When nobody waits here any more."""
+        self._socket.close()
 
 
 def waiting_headers(connection: socket.socket, most: int) -> list[FrameHeader]:
@@ -155,7 +156,7 @@ class LaneServer:
 
     def serve(self, connection: socket.socket) -> None:
         """Raises what ends the lane."""
-        connection.settimeout(self._patience)
+        sockets.limit_waits(connection, sending=self._patience, receiving=self._patience)
         greeting = Greeting.read(sockets.receive(connection, _MAX_GREETING))
         try:
             taker = self._taker(greeting, connection)

@@ -1,17 +1,20 @@
 """The source's side of all transports: what is offered goes to lanes, one for each rank of each target.
 
-The engine loop only puts things into queues; a lane's thread cuts, reads and sends. At most `window_frames` of a lane
-are under way without their credit, which bounds memory on both sides and shares a target fairly among its sources.
-Control messages have a way of their own, so that a cancel overtakes the bulk.
+The engine loop only puts things into queues; a lane's thread cuts, reads and sends. At most `window_frames` times
+`frame_bytes` of a lane are under way without their credit, in smaller frames where its transport wants them: that
+bounds memory on both sides and shares a target fairly among its sources. Control messages have a way of their own, so
+that a cancel overtakes the bulk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..common.clock import Clock
@@ -27,8 +30,16 @@ from .wire import MAX_FRAME, MAX_PIECES
 log = logging.getLogger(__name__)
 
 AVOIDED_S = 30.0
-"""How long a transport is avoided that once worked between two workers and then did not: one of them may have been
-frozen, or the machine too busy."""
+"""How long a transport is avoided whose line between two workers broke, or never came about because one of them did not
+answer: it may have been frozen, or the machine too busy."""
+
+STOP_S = 1.0
+"""How long the threads of lanes may take to end: one that is in a library's code when the interpreter goes takes the
+process along with it."""
+
+STAGED_BYTES = {"tcp": 2 << 20}
+"""Bytes of a frame at most, by transports that copy it twice at each end: the second copy should find it in a cache. By
+process groups a message costs more than that gains."""
 
 MakeGiver = Callable[[str, Endpoint, Route], Giver]
 """(transport, target, route) → a giver to that rank of it, connected. Called on the lane's thread. Raises
@@ -65,6 +76,7 @@ class LaneOutlet:
         self._make_giver = make_giver
         self._broken = broken
         self._failed: dict[WorkerRef, dict[str, float]] = {}
+        self._noting = threading.Lock()
         self._clock = clock
         self._transfers: dict[int, _Transfer] = {}
         self._lanes: dict[tuple[WorkerRef, int, str], _Lane] = {}
@@ -108,7 +120,8 @@ class LaneOutlet:
 
     def failed(self, target: WorkerRef) -> tuple[str, ...]:
         now = self._clock.now()
-        return tuple(sorted(name for name, until in self._failed.get(target, {}).items() if now < until))
+        failed = self._failed.get(target, {}).copy()  # lanes' threads add to it
+        return tuple(sorted(name for name, until in failed.items() if now < until))
 
     def forgive(self, target: WorkerRef) -> None:
         self._failed.pop(target, None)
@@ -119,8 +132,11 @@ class LaneOutlet:
         if event.transport not in self.failed(event.target):
             level = logging.WARNING if event.lasting else logging.INFO
             log.log(level, "%s to %s broke, falling back: %s", event.transport, event.target.name, event.message)
-        until = math.inf if event.lasting else self._clock.now() + AVOIDED_S
-        self._failed.setdefault(event.target, {})[event.transport] = until
+        now = self._clock.now()
+        with self._noting:
+            for target in [ref for ref, names in self._failed.items() if _outdated(ref, names, event.target, now)]:
+                self._failed.pop(target, None)  # the loop may just have forgiven it
+            self._failed.setdefault(event.target, {})[event.transport] = math.inf if event.lasting else now + AVOIDED_S
         self._broken(event)
 
     def _put(self, offer: Offer, layer: int, computed: Mark) -> None:
@@ -143,9 +159,18 @@ class LaneOutlet:
         return lane
 
     def stop(self) -> None:
-        """End all lanes."""
-        for lane in self._lanes.values():
+        """End all lanes. Not on the event loop that lanes over gRPC wait for."""
+        lanes = list(self._lanes.values())  # an engine loop that did not end in time may add to them
+        for lane in lanes:
             lane.stop()
+        deadline = time.monotonic() + STOP_S
+        for lane in lanes:
+            lane.join(deadline)
+
+
+def _outdated(ref: WorkerRef, failed: dict[str, float], target: WorkerRef, now: float) -> bool:
+    """Whether nothing of this need be known when `target` fails: its time is over, or its incarnation is."""
+    return max(failed.values()) <= now or (ref.name == target.name and ref != target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +202,16 @@ class _Lane:
         self._make_giver = make_giver
         self._broken = broken
         self._piece = piece_bytes(target.format, route)
-        self._run_of = min(MAX_PIECES, max(1, min(config.frame_bytes, MAX_FRAME) // self._piece))
+        frame = min(config.frame_bytes, MAX_FRAME, STAGED_BYTES.get(transport, MAX_FRAME))
+        self._run_of = min(MAX_PIECES, max(1, frame // self._piece))
         self._queue: deque[_Frame] = deque()
         self._under_way: deque[tuple[_Transfer, int]] = deque()
-        self._window = config.window_frames
+        self._window = config.window_frames * max(1, config.frame_bytes // max(frame, self._piece))
         self._change = threading.Condition()
         self._giver: Giver | None = None
         self._stopped = False
-        threading.Thread(target=self._run, name=f"lane to {target.ref.name}", daemon=True).start()
+        self._threads = [threading.Thread(target=self._run, name=f"lane to {target.ref.name}", daemon=True)]
+        self._threads[0].start()
 
     # --- called by the engine loop ---
 
@@ -209,31 +236,36 @@ class _Lane:
         if self._giver is not None:
             self._giver.close()
 
+    def join(self, deadline: float) -> None:
+        """Once stopped: wait for the threads to end, until `deadline` at most."""
+        for thread in self._threads:  # the first adds the other, if any, before it ends
+            thread.join(max(0.0, deadline - time.monotonic()))
+
     # --- the sending thread ---
 
     def _run(self) -> None:
-        try:
+        with self._edge():
             giver = self._giver = self._connect()
-            threading.Thread(target=self._count, args=(giver,), name="credits", daemon=True).start()
+            counting = threading.Thread(target=self._count, args=(giver,), name="credits", daemon=True)
+            counting.start()
+            self._threads.append(counting)
             while (frame := self._next()) is not None:
                 self._send(giver, frame)
-        except BatonError as error:
-            self._end(error)
-        except Exception as error:  # a thread's edge: without it, handovers would wait for a lane that is no more
-            log.exception("a lane to %s failed in our own code", self._target.ref.name)
-            self._end(TransportFailed(f"{type(error).__name__}: {error}"))
-        finally:
-            if self._giver is not None:
-                self._giver.close()
+        if self._giver is not None:
+            self._giver.close()
+            for thread in self._threads[1:]:
+                thread.join(STOP_S)
+            self._giver.release()
 
     def _connect(self) -> Giver:
-        """Raises `TransportFailed` where that can not be."""
+        """Raises `TransportFailed` where that can not be, `WorkerLost` where the target may just be frozen."""
         if self._piece > MAX_FRAME:
             raise TransportFailed(f"{self._piece} bytes, one block of the target, are more than a frame holds")
         try:
             return self._make_giver(self._transport, self._target, self._route)
         except WorkerLost as error:
-            raise TransportFailed(error.message) from error
+            log.warning("no lane to %s by %s: %s", self._target.ref.name, self._transport, error)
+            raise
 
     def _next(self) -> _Frame | None:
         """The next frame, once there is one and the window has room for it. None: stop."""
@@ -260,14 +292,9 @@ class _Lane:
     # --- the counting thread ---
 
     def _count(self, giver: Giver) -> None:
-        try:
+        with self._edge():
             while True:
                 self._credit(giver.credits())
-        except BatonError as error:
-            self._end(error)
-        except Exception as error:  # a thread's edge, as in `_run`
-            log.exception("a lane to %s failed in our own code", self._target.ref.name)
-            self._end(TransportFailed(f"{type(error).__name__}: {error}"))
 
     def _credit(self, count: int) -> None:
         with self._change:
@@ -279,6 +306,19 @@ class _Lane:
                     transfer.answered += 1
                     transfer.across += size
             self._change.notify_all()
+
+    # --- the end of either ---
+
+    @contextlib.contextmanager
+    def _edge(self) -> Iterator[None]:
+        """What ends one of the two threads ends the lane."""
+        try:
+            yield
+        except BatonError as error:
+            self._end(error)
+        except Exception as error:  # a thread's edge: without it, handovers would wait for a lane that is no more
+            log.exception("a lane to %s failed in our own code", self._target.ref.name)
+            self._end(TransportFailed(f"{type(error).__name__}: {error}"))
 
     def _end(self, error: BatonError) -> None:
         """The lane is of no more use: say so, once."""

@@ -1,8 +1,9 @@
 """A group of two ranks of `torch.distributed`: a source's and a target's, with no world around it.
 
 The two find each other over their lane's authenticated socket: torch's own store would tell anybody where they listen.
-Their connection itself proves nothing; the checksums that come by the lane say what counts. A pair fails as a whole and
-for good: whoever waits too long, or is told that the other end hung up, makes another.
+Whoever reaches a rank's port first is taken for its peer by gloo and NCCL, so each proves by the group that it is who
+is at the socket's other end. A pair fails as a whole and for good: whoever waits too long, or is told that the other
+end hung up, makes another.
 
 gloo between CPUs, NCCL between GPUs. NCCL has not been seen at work here: it refuses two ranks on one GPU, and no
 machine with two was to be had.
@@ -11,7 +12,9 @@ machine with two was to be had.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -33,6 +36,11 @@ Done = Callable[[], None]
 
 _BYTES, _NEVER_SENT = 0, 1  # tags
 
+_PROOF = 32  # bytes
+
+_GLOO_TRIES = 5
+"""How often gloo's connecting spends the whole of the time that it is given."""
+
 _LOOK_EVERY_S = 5e-5
 _MAX_MESSAGE = 4 << 10
 _MAX_KEYS = 64
@@ -40,28 +48,45 @@ _MAX_KEYS = 64
 
 class Pair:
     """One end. Made at both ends at a time, in threads that own the socket until then; takes `patience` seconds at
-    most, and so does each wait thereafter. `host`: the address that gloo listens at. Raises `TransportFailed` where the
-    two do not come together, `WorkerLost` where the other end hangs up meanwhile."""
+    most, and so does each wait thereafter. `host`: the address that gloo listens at. Raises `WorkerLost` where the two
+    do not come together in time, for the other may just be frozen; `TransportFailed` where somebody else came."""
 
     def __init__(
         self, connection: socket.socket, source: bool, device: torch.device, host: str, patience: float
     ) -> None:
         self._peer = 1 if source else 0
         self._aborted = False
-        self._patience = patience
+        self._patience = timedelta(seconds=patience)
         self._nccl = device.type == "cuda"
         before = connection.gettimeout()
-        connection.settimeout(patience)
         try:
+            connection.settimeout(patience)
             meeting, rank = _Meeting(connection), 1 - self._peer
             self._group = _nccl(meeting, rank, patience) if self._nccl else _gloo(meeting, rank, patience, host)
-            first = torch.zeros(1, dtype=torch.uint8, device=device)  # NCCL connects when it is first used
-            (self.send(first) if source else self.receive(first))()
-        except RuntimeError as error:
-            raise TransportFailed(f"no pair can be made: {_first_line(error)}") from error
+            self._prove(meeting, device)  # NCCL connects when it is first used, which is here
+        except (RuntimeError, OSError) as error:  # OSError: the socket has just been closed
+            raise WorkerLost(f"no pair came about: {_first_line(error)}") from error
         finally:
             with contextlib.suppress(OSError):  # closed meanwhile
                 connection.settimeout(before)
+
+    def _prove(self, meeting: _Meeting, device: torch.device) -> None:
+        """Each says by the socket what it wants to hear by the group. The source speaks first there."""
+        rank, wanted = 1 - self._peer, secrets.token_bytes(_PROOF)
+        meeting.set(f"said by {self._peer}", wanted)
+        ours = meeting.get(f"said by {rank}")
+        if len(ours) != _PROOF:
+            raise HandoverFailed("not what two ranks tell each other")
+        speech = torch.tensor(list(ours), dtype=torch.uint8, device=device)
+        heard = torch.zeros_like(speech)
+        if rank == 0:
+            self.send(speech)()
+        self.receive(heard)()
+        if not hmac.compare_digest(bytes(heard.tolist()), wanted):
+            self.abort()
+            raise TransportFailed("somebody else came to the pair")
+        if rank == 1:
+            self.send(speech)()
 
     def send(self, data: torch.Tensor) -> Done:
         """Begin to send; `data` must stay as it is until that is done."""
@@ -79,12 +104,12 @@ class Pair:
         return lambda: self._finish(work)
 
     def _finish(self, work: Any) -> None:
-        late = time.monotonic() + self._patience
+        late = time.monotonic() + self._patience.total_seconds()
         # Where NCCL works, torch would look once a millisecond whether it is done.
         while self._nccl and not (self._aborted or work.is_completed() or time.monotonic() > late):
             time.sleep(_LOOK_EVERY_S)
         try:
-            work.wait()
+            work.wait(self._patience)
         except RuntimeError as error:
             raise WorkerLost(f"the pair broke: {_first_line(error)}") from error
         if self._aborted:  # NCCL lets go of those who wait, and says nothing
@@ -104,7 +129,7 @@ class Pair:
 
 def _gloo(meeting: _Meeting, rank: int, patience: float, host: str) -> Any:
     options = _c10d.ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=patience)
+    options._timeout = timedelta(seconds=patience / _GLOO_TRIES)
     options._threads = 1  # for what takes more than two; not for sends
     options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
     return _c10d.ProcessGroupGloo(meeting, rank, 2, options)

@@ -37,7 +37,7 @@ class Plane:
     """What moves KV in and out of one rank of worker `ref`. `post` gets what the engine loop has to know, from any
     thread. `shared`: the pool's memory, where peers can see it. `grpc`: where gRPC lanes reach this rank, if anywhere.
     `loop`: the process's event loop, which gRPC runs on, if there is one. `groups`: what makes process groups, if
-    anything does. `late_s`: see `RankInlet`."""
+    anything does. `late_s`: see `RankInlet`. Raises `TransportFailed` where nothing can listen at `host`."""
 
     def __init__(
         self, ref: WorkerRef, store: Store, config: HandoverConfig, token: str, host: str, clock: Clock,
@@ -61,7 +61,10 @@ class Plane:
         if groups is not None:
             takers["process-group"] = groups.taker
         self._server = LaneServer(ref, store.rank, self.inlet, takers, config.lease_s)
-        self._listener = Listener(host, 0, token, self._server.serve, "lane")
+        try:
+            self._listener = Listener(host, 0, token, self._server.serve, "lane")
+        except OSError as error:
+            raise TransportFailed(f"no lanes can come in at {host}: {error}") from error
         self.door: Mapping[str, str] = self._addresses(grpc)
 
     async def serve_grpc(self, stream: Stream[bytes, bytes]) -> None:

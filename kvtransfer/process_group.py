@@ -4,7 +4,7 @@ A lane's frames and credits go over its socket as ever; what follows a header th
 (`pair.py`) here, made when the first frame leaves. The target asks for bytes only when their header has come, so it is
 the target that says whose come next. Each end has frames of its own at work while others are under way:
 
-    source    packs n + 1 while n is sent
+    source    packs n + 1 while n leaves, and waits for n when it has handed n + 1 over
     target    lets n + 1 and n + 2 come, once their headers are there, while n is written to its blocks
 
 A watcher at each end gives the pair up as soon as the socket ends, because not every group notices by itself that the
@@ -34,9 +34,10 @@ from .transport import Store
 from .wire import MAX_FRAME, Checksums, FrameHeader
 
 _AHEAD = 2
+"""Frames that a target lets come while it lands another."""
+
 _LOOK_S = 0.5
 """How often a lane that has sent nothing yet looks whether its target is still there."""
-"""Frames that a target lets come while it lands another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,9 @@ class GroupGiver:
             pair.abort()
         self._met.set()
 
+    def release(self) -> None:
+        self._link.release()
+
 
 class GroupTaker:
     """See `transport.Taker`. `connection`: the lane's socket, which is read by this thread only."""
@@ -186,8 +190,9 @@ class GroupTaker:
 
     def _meet(self) -> Pair:
         pair = self._pair = self._groups.pair(self._connection, source=False)
-        self._watcher = threading.Thread(target=_watch, args=(self._connection, pair), name="pair", daemon=True)
-        self._watcher.start()
+        watcher = threading.Thread(target=_watch, args=(self._connection, pair), name="pair", daemon=True)
+        watcher.start()
+        self._watcher = watcher
         return pair
 
     def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:

@@ -23,6 +23,9 @@ from baton.kvtransfer.host_store import Bytes, HostStore
 from baton.kvtransfer.shm import SharedMemory
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from baton.engine.follower import Followers
     from baton.kvtransfer.process_group import ProcessGroups
 
 LAYERS = 3
@@ -50,8 +53,8 @@ def oracle(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def kv_format(block_size: int) -> KvFormat:
-    return KvFormat(num_layers=LAYERS, num_kv_heads=1, head_dim=ENTRY // 2, block_size=block_size, dtype="int8")
+def kv_format(block_size: int, heads: int = 1, tp: int = 1) -> KvFormat:
+    return KvFormat(LAYERS, heads, ENTRY // 2 // heads, block_size, "int8", tp)
 
 
 FORMAT = kv_format(BLOCK_SIZE)
@@ -59,22 +62,34 @@ FORMAT = kv_format(BLOCK_SIZE)
 
 
 class ToyPool:
-    """Blocks of bytes in shared memory: `bytes` [layers, blocks, 2, block_size, half an entry]."""
+    """One rank's blocks of bytes in shared memory. `heads`: of all ranks, among which they share each half of an entry.
 
-    def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE) -> None:
-        form = kv_format(block_size)
+    bytes   [layers, blocks, 2, heads of this rank, block_size, bytes of a head]
+    """
+
+    def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE, heads: int = 1, tp: int = 1, rank: int = 0):
+        self.format = form = kv_format(block_size, heads, tp)
         self.block_size = block_size
         self.shared = SharedMemory(LAYERS * num_blocks * form.block_bytes)
-        rows = self.shared.memory.reshape(LAYERS, num_blocks, 2, form.row_bytes)
-        self.bytes = rows[..., : block_size * ENTRY // 2].reshape(LAYERS, num_blocks, 2, block_size, ENTRY // 2)
-        self.store = HostStore(self.shared.memory, form, 0, num_blocks, _never)
+        self.lie_in(self.shared.memory)
+        self.store = HostStore(self.shared.memory, form, rank, num_blocks, _never)
+        self._heads = list(form.heads(rank))
+
+    def lie_in(self, memory: NDArray[np.uint8]) -> None:
+        """Have the blocks in this memory."""
+        form = self.format
+        rows = memory.reshape(LAYERS, -1, 2, form.heads_per_rank, form.row_bytes)
+        elements = rows[..., : self.block_size * form.head_dim]
+        self.bytes = elements.reshape(*elements.shape[:-1], self.block_size, form.head_dim)
 
     def write(self, layer: int, block: int, offset: int, entry: bytes) -> None:
-        self.bytes[layer, block, :, offset] = np.frombuffer(entry, np.uint8).reshape(2, -1)
+        halves = np.frombuffer(entry, np.uint8).reshape(2, self.format.num_kv_heads, -1)
+        self.bytes[layer, block, :, :, offset] = halves[:, self._heads]
 
-    def read(self, layer: int, blocks: Sequence[int]) -> bytes:
-        """Entries of these blocks, one after the other."""
-        return self.bytes[layer, list(blocks)].transpose(0, 2, 1, 3).tobytes()
+    def read(self, blocks: Sequence[int], count: int) -> NDArray[np.uint8]:
+        """This rank's share of the first `count` entries that these blocks hold: [layers, count, 2, heads, bytes]."""
+        found = self.bytes[:, blocks[: -(-count // self.block_size)]].transpose(0, 1, 4, 2, 3, 5)
+        return found.reshape(LAYERS, -1, *found.shape[3:])[:, :count]
 
 
 def _never(*_: object) -> Bytes:
@@ -93,25 +108,25 @@ class ToyRunner:
         if callable(self.before):
             self.before(plan)
         self.steps.append(StepPlan(plan.budget, list(plan.slices)))
+        self.forward(plan.slices, on_layer)
+        return [Sampled(_next(self.kv(part).tobytes())) if part.samples else None for part in plan.slices]
+
+    def forward(self, slices: Sequence[Slice], on_layer: OnLayer | None) -> None:
         for layer in range(LAYERS):
-            for part in plan.slices:
+            for part in slices:
                 self._write(part, layer)
             if on_layer is not None:
                 on_layer(layer)
-        return [Sampled(self._sample(part)) if part.samples else None for part in plan.slices]
+
+    def kv(self, part: Slice) -> NDArray[np.uint8]:
+        """What the next token is a hash of; see `ToyPool.read`."""
+        return self.pool.read(part.sequence.blocks, part.end)
 
     def _write(self, part: Slice, layer: int) -> None:
         for position in range(part.start, part.end):
             block, offset = divmod(position, self.pool.block_size)
             entry = _entry(part.sequence.tokens[position], position, layer)
             self.pool.write(layer, part.sequence.blocks[block], offset, entry)
-
-    def _sample(self, part: Slice) -> int:
-        kv = b""
-        blocks = part.sequence.blocks[: -(-part.end // self.pool.block_size)]
-        for layer in range(LAYERS):
-            kv += self.pool.read(layer, blocks)[: part.end * ENTRY]
-        return _next(kv)
 
 
 @dataclass
@@ -125,11 +140,13 @@ class ToyEngine:
     eos_ids: frozenset[int] = frozenset({EOS})
     groups: ProcessGroups | None = None
     block_size: int = BLOCK_SIZE
+    heads: int = 1
+    followers: Followers | None = None
+    """The other of two ranks; see `tests/worker/toy_ranks.py`."""
 
     def __post_init__(self) -> None:
-        self.pool = ToyPool(self.num_blocks, self.block_size)
+        self.pool = ToyPool(self.num_blocks, self.block_size, self.heads, 1 if self.followers is None else 2)
         self.store, self.shared = self.pool.store, self.pool.shared
-        self.followers = None
         self.runner = ToyRunner(self.pool)
 
 

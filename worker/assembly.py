@@ -18,6 +18,7 @@ from ..common.hashing import BlockHasher, cluster_key
 from ..common.messages import CheckReport, Endpoint, Load, Turn
 from ..common.types import Role, WorkerInfo, WorkerRef
 from ..engine.block_table import BlockTable
+from ..engine.follower import READY
 from ..engine.loop import EngineLoop
 from ..engine.mailbox import Inbox, Inspect, Mail, Outbox, Recast
 from ..engine.plan import Runner
@@ -29,7 +30,7 @@ from ..protos import rpc
 from ..protos.convert import FromRouter, FromSource, FromTarget, FromWorker
 from .cast import Cast
 from .links import RouterLines, SourceLines, TargetLines
-from .spread import PlaneConfig, SpreadInlet, SpreadOutlet, doors_of
+from .spread import SpreadInlet, SpreadOutlet
 
 if TYPE_CHECKING:  # they need torch, and not all workers do
     from ..engine.follower import Followers
@@ -60,7 +61,7 @@ class Computes(Protocol):
 
     @property
     def followers(self) -> Followers | None:
-        """The other ranks, where the worker has several."""
+        """The other ranks, where the worker has several. They are ready."""
         ...
 
     @property
@@ -75,13 +76,19 @@ class Computes(Protocol):
     def num_blocks(self) -> int: ...
 
 
+def new_epoch() -> int:
+    """A number that no other incarnation of any worker has."""
+    return secrets.randbits(62) + 1
+
+
 class Worker:
     """A whole worker but for its process: `start` listens, `loop.run` (on a thread of its own) works.
 
-    Everything but the loop runs on the event loop that is running when it is made.
+    Everything but the loop runs on the event loop that is running when it is made. `epoch`: the number of this
+    incarnation, where somebody knows it already.
     """
 
-    def __init__(self, config: WorkerConfig, engine: Computes, clock: Clock) -> None:
+    def __init__(self, config: WorkerConfig, engine: Computes, clock: Clock, epoch: int | None = None) -> None:
         self._config = config
         self._clock = clock
         self._events = asyncio.get_running_loop()
@@ -92,7 +99,7 @@ class Worker:
             rpc.data_handlers(lambda stream: self.plane.serve_grpc(stream)),
         )
         address = rpc.listen(self._server, config.host, config.port)
-        self.ref = WorkerRef(config.name, address, secrets.randbits(62) + 1)
+        self.ref = WorkerRef(config.name, address, epoch or new_epoch())
         table = BlockTable(engine.num_blocks, BlockHasher(config.engine.block_size, cluster_key(config.cluster_token)))
         limits = Limits(
             vocab_size=engine.vocab_size,
@@ -137,7 +144,7 @@ class Worker:
         if followers is None or spread is None:
             return self.plane.inlet, self.plane.outlet, (self.plane.door,)
         spread.local = self.plane.inlet
-        others = doors_of(followers, PlaneConfig(self.ref, config.handover, config.cluster_token, config.host))
+        others = [door for (door,) in followers.wait_for(READY)]
         return spread, SpreadOutlet(followers, self.plane.outlet, format), (self.plane.door, *others)
 
     @property
@@ -149,10 +156,10 @@ class Worker:
         await self._server.start()
 
     async def stop(self) -> None:
-        """Hang up on everybody."""
+        """Hang up on everybody. The loop should have ended: it opens lanes."""
         await self._server.stop(grace=0)
         await self._targets.stop()
-        self.plane.stop()
+        await asyncio.to_thread(self.plane.stop)  # it waits for lanes, and those over gRPC wait for this event loop
 
     # --- rpc.WorkerService ---
 

@@ -11,6 +11,7 @@ import torch
 from ..common.clock import RealClock
 from ..common.config import WorkerConfig
 from ..common.errors import TransportFailed
+from ..common.types import WorkerRef
 from ..engine.follower import Followers
 from ..engine.kv_pool import Allocator, KvPool, device_allocator
 from ..engine.plan import Runner
@@ -26,7 +27,8 @@ from ..kvtransfer.plane import Event, Plane
 from ..kvtransfer.process_group import ProcessGroups
 from ..kvtransfer.shm import SharedMemory, available
 from ..kvtransfer.transport import Store
-from .spread import LATE_S, PlaneConfig
+from .ranks import RankConfig
+from .spread import LATE_S
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +115,11 @@ def build(config: WorkerConfig, progress: Progress, followers: Followers | None 
     return Compute(engine, store, memory.shared, groups, followers)
 
 
-def following_plane(pool: KvPool, memory: PoolMemory, config: PlaneConfig, post: Callable[[Event], None]) -> Plane:
-    """The plane of a rank that is not rank 0."""
+def following_plane(config: RankConfig, pool: KvPool, memory: PoolMemory, post: Callable[[Event], None]) -> Plane:
+    """The plane of a rank that is not rank 0. It has no lanes over gRPC: its process has no gRPC server."""
+    worker, handover = config.worker, config.worker.handover
     return Plane(
-        config.ref, store_of(pool, config.handover.checksums), config.handover, config.token, config.host, RealClock(),
-        None, post, memory.shared, "", ProcessGroups(pool.flat.device, config.host, config.handover.lease_s), LATE_S,
+        WorkerRef(worker.name, "", config.epoch), store_of(pool, handover.checksums), handover, worker.cluster_token,
+        worker.host, RealClock(), None, post, memory.shared, "",
+        ProcessGroups(pool.flat.device, worker.host, handover.lease_s), LATE_S,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """A worker's lines to others, on the process's event loop: routers, sources and targets of handovers.
 
 Everything that arrives is posted to the engine loop's inbox; a line that breaks or falls silent is posted as gone.
-What the loop wants said goes out through bounded queues: a reader that stalls loses its line, never the worker.
+What the loop wants said goes out through bounded queues: a reader that stalls loses its line, never the worker. Who
+says more than the loop reads has to wait.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
-from ..common.errors import BatonError, DeadlineExceeded, InvalidRequest, StaleEpoch, WorkerLost
+from ..common.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, StaleEpoch, WorkerLost
 from ..common.messages import (
     Abort,
     Committed,
@@ -30,7 +32,17 @@ from ..common.messages import (
     TargetMessage,
 )
 from ..common.types import Role, WorkerInfo, WorkerRef
-from ..engine.mailbox import FromRouter, FromSource, FromTarget, Inbox, RouterGone, RouterJoined, SourceGone, TargetGone
+from ..engine.mailbox import (
+    FromRouter,
+    FromSource,
+    FromTarget,
+    Inbox,
+    InboxItem,
+    RouterGone,
+    RouterJoined,
+    SourceGone,
+    TargetGone,
+)
 from ..kvtransfer.layout import routes
 from ..protos.convert import FromRouter as RouterSays
 from ..protos.convert import FromSource as SourceSays
@@ -42,6 +54,11 @@ log = logging.getLogger(__name__)
 
 MAX_QUEUED = 4096
 """Messages that wait for a reader before its line is cut."""
+
+STALL_S = 60.0
+"""How long a peer waits for the loop to read what it has said, before its line is cut."""
+
+LOOK_S = 0.01
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -109,6 +126,19 @@ async def _either(*work: Awaitable[None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _post(inbox: Inbox, item: InboxItem) -> None:
+    """Post what a peer said. Where it says more than the loop reads, wait, and so read no more of it: flow control
+    makes the peer wait as well. Raises `Overloaded` where the loop does not read for `STALL_S`."""
+    deadline = time.monotonic() + STALL_S
+    while True:
+        try:
+            return inbox.post(item)
+        except Overloaded:
+            if time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(LOOK_S)
 
 
 class _Reader(Protocol[T_co]):
@@ -181,7 +211,7 @@ class RouterLines:
             if isinstance(message, Hello):
                 raise InvalidRequest("only the first message of a session is a hello")
             if not isinstance(message, Ping):
-                self._inbox.post(FromRouter(router, message))
+                await _post(self._inbox, FromRouter(router, message))
 
 
 class SourceLines:
@@ -219,7 +249,7 @@ class SourceLines:
         while (message := await stream.read()) is not None:
             if isinstance(message, Endpoint):
                 raise InvalidRequest("only the first message of a control stream is a hello")
-            self._inbox.post(FromSource(source, message))
+            await _post(self._inbox, FromSource(source, message))
 
 
 class TargetLines:
@@ -287,4 +317,4 @@ class TargetLines:
                 raise InvalidRequest("only the first message of a control stream is a hello")
             if isinstance(message, Committed | Refused | Abort):
                 self._under_way[target.ref].discard(message.handover_id)
-            self._inbox.post(FromTarget(target, message))
+            await _post(self._inbox, FromTarget(target, message))

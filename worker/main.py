@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from ..common.clock import RealClock
 from ..common.cluster import WorkerState, WorkerStatus
 from ..common.config import WorkerConfig
-from ..common.errors import BatonError
+from ..common.errors import BatonError, DeadlineExceeded
 from ..protos.control import ControllerClient
 from ..protos.rpc import Peer
-from .assembly import Worker
+from .assembly import Worker, new_epoch
 from .compute import Compute, build
 from .ranks import Ranks
 
@@ -114,14 +114,15 @@ async def run(config: WorkerConfig) -> None:
     reporter = Reporter(config)
     reporting = events.create_task(reporter.run())
     reporter.set(state=WorkerState.LOADING)
-    ranks = Ranks(config.name, config.engine) if config.engine.tp > 1 else None
+    epoch = new_epoch()
+    ranks = Ranks(config, epoch) if config.engine.tp > 1 else None
     thread = EngineThread(config, lambda share: _post(events, lambda: reporter.set(progress=share)), ranks)
     thread.start()
     try:
         engine = await _until(asyncio.wrap_future(thread.engine), stop)
         if engine is None:
             return
-        worker = Worker(config, engine, RealClock())
+        worker = Worker(config, engine, RealClock(), epoch)
         await worker.start()
         thread.worker.set_result(worker)
         reporter.look = lambda: {"role": worker.role.value, "load": worker.load()}
@@ -138,13 +139,15 @@ async def run(config: WorkerConfig) -> None:
                 ranks.followers.check()
             if not thread.ended.done():
                 reporter.set(state=WorkerState.LEAVING)
-                await _until(asyncio.ensure_future(_drained(worker, thread.ended.done, config.drain_s)), at_once)
+                draining = events.create_task(_drained(worker, thread.ended.done, config.drain_s))
+                await _until(draining, at_once)
+                draining.cancel()
             if thread.ended.done():
                 thread.ended.result()
         finally:
             thread.stop()
-            await worker.stop()
             await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
+            await worker.stop()
     finally:
         if ranks is not None:
             await asyncio.to_thread(ranks.close)
@@ -156,13 +159,17 @@ async def _drained(worker: Worker, broken: Callable[[], bool], within_s: float) 
     """Until routers have known for a while that nothing new may come, and nothing is left; or the time is up, or
     nothing can be done any more."""
     log.info("draining: what runs here moves or ends, for %.0f s at most", within_s)
-    with contextlib.suppress(TimeoutError, BatonError):
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(within_s):
             quiet = 0.0
             while quiet < LINGER_S and worker.asked and not broken():
                 await asyncio.sleep(DRAIN_LOOK_S)
-                report = await worker.check()
-                quiet = quiet + DRAIN_LOOK_S if report.sequences == report.handovers == 0 else 0.0
+                try:
+                    report = await worker.check()
+                except DeadlineExceeded:  # a step takes long: that is no reason to cut what it works for
+                    quiet = 0.0
+                else:
+                    quiet = quiet + DRAIN_LOOK_S if report.sequences == report.handovers == 0 else 0.0
 
 
 def _post(events: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

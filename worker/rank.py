@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import setproctitle
@@ -24,7 +23,7 @@ from ..engine.rank import Rank, load_rank, resolve
 from ..engine.runner import RUN
 from .compute import PoolMemory, following_plane
 from .ranks import RankConfig
-from .spread import FollowingPlane
+from .spread import commands, reports
 
 logger = logging.getLogger("baton")
 
@@ -32,7 +31,7 @@ logger = logging.getLogger("baton")
 def main() -> int:
     """Read the configuration, be that rank, and return the process's exit code."""
     config = from_json(read_line(), RankConfig)
-    name = f"{config.worker}/{config.rank}"
+    name = f"{config.worker.name}/{config.rank}"
     setproctitle.setproctitle(f"baton {name}")
     log.setup(name)
     die_with(config.parent)
@@ -51,13 +50,17 @@ def follow(config: RankConfig) -> None:
     """Be this rank until rank 0 hangs up, which raises `WorkerLost`."""
     follower = Follower(config.address, config.token, config.rank, config.timeout_s)
     follower.expect(MEET)
-    device, _ = resolve(config.engine, config.rank)
-    group = RankGroup(config.meeting, config.rank, config.engine.tp, device, config.timeout_s)
+    engine = config.worker.engine
+    device, _ = resolve(engine, config.rank)
+    group = RankGroup(config.meeting, config.rank, engine.tp, device, config.timeout_s)
     memory = PoolMemory()
-    rank = load_rank(config.engine, lambda share: follower.report(PROGRESS, share), memory.allocator, group)
-    plane = FollowingPlane(follower, partial(following_plane, rank.pool, memory))
-    follower.report(READY)
-    follower.follow({RUN: runs(rank, plane.layer), **plane.handlers()})
+    rank = load_rank(engine, lambda share: follower.report(PROGRESS, share), memory.allocator, group)
+    plane = following_plane(config, rank.pool, memory, reports(follower))
+    try:
+        follower.report(READY, dict(plane.door))
+        follower.follow({RUN: runs(rank, plane.outlet.layer), **commands(plane)})
+    finally:
+        plane.stop()
 
 
 def runs(rank: Rank, on_layer: Callable[[int], None]) -> Callable[..., None]:

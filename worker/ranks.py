@@ -9,7 +9,7 @@ import sys
 import threading
 from dataclasses import dataclass
 
-from ..common.config import EngineConfig, split_threads, to_json
+from ..common.config import WorkerConfig, split_threads, to_json
 from ..engine.follower import GROUP_TIMEOUT_S, Followers
 
 END_TIMEOUT_S = 5.0
@@ -18,16 +18,16 @@ END_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """What a rank reads from its standard input. `worker`: its worker's name; `parent`: that worker's process."""
+    """What a rank reads from its standard input. `epoch`: its worker's incarnation; `parent`: that worker's process."""
 
-    worker: str
+    worker: WorkerConfig
+    epoch: int
     rank: int
     parent: int
     address: str
     token: str
     meeting: str
     timeout_s: float
-    engine: EngineConfig
 
 
 class Ranks:
@@ -37,20 +37,21 @@ class Ranks:
     followers   rank 0's line to them, lost as soon as one of the processes ends
     """
 
-    def __init__(self, worker: str, engine: EngineConfig, timeout_s: float = GROUP_TIMEOUT_S) -> None:
+    def __init__(self, worker: WorkerConfig, epoch: int, timeout_s: float = GROUP_TIMEOUT_S) -> None:
+        engine = worker.engine
         self.followers = followers = Followers(engine.tp - 1, timeout_s)
         threads = split_threads(engine.threads or os.cpu_count() or 1, engine.tp)
         self._children = []
         for rank in range(1, engine.tp):
             config = RankConfig(
                 worker=worker,
+                epoch=epoch,
                 rank=rank,
                 parent=os.getpid(),
                 address=followers.address,
                 token=followers.token,
                 meeting=followers.meeting,
                 timeout_s=followers.timeout_s,
-                engine=engine,
             )
             child = subprocess.Popen(
                 (sys.executable, "-P", "-m", "baton.worker.rank"),

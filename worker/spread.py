@@ -5,18 +5,17 @@ same ordered stream as the steps (`engine/follower.py`). So a rank opens a reser
 and closes one before a step writes them for somebody else. What their planes have to say comes back as reports; a
 handover is complete with its last rank.
 
-    rank 0: SpreadInlet, SpreadOutlet ── commands ──▶ rank n: `handlers` of its plane
-            ◀────────────── door, filled, spoiled, broken ──────────────
+    rank 0: SpreadInlet, SpreadOutlet ── commands ──▶ rank n: `commands` of its plane
+            ◀───────────────── filled, spoiled, broken ─────────────────
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any
 
-from ..common.config import HandoverConfig, from_json, to_json
 from ..common.kv_format import KvFormat
 from ..common.messages import Endpoint, Filled, HandoverKey, Spoiled, TransportBroken
 from ..common.types import WorkerRef
@@ -27,30 +26,8 @@ from ..kvtransfer.plane import Event, Plane
 from ..kvtransfer.transport import Inlet, Offer
 from ..protos.convert import FROM_SOURCE
 
-DOOR = "door"
-"""What a rank reports once its plane stands: where it is reached."""
-
 LATE_S = 0.5
 """On ranks that follow, news of a reservation may come later than its first bytes: how long these wait for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlaneConfig:
-    """What a rank needs to know to make its plane."""
-
-    ref: WorkerRef
-    handover: HandoverConfig
-    token: str
-    host: str
-
-
-def doors_of(followers: Followers, config: PlaneConfig) -> tuple[Mapping[str, str], ...]:
-    """Have all ranks make their planes; where they are reached, in order of rank. Raises `EngineBroken`."""
-    doors: dict[int, Mapping[str, str]] = {}
-    followers.subscribe(DOOR, doors.__setitem__)
-    followers.send("plane", to_json(config))
-    followers.wait_for(DOOR)
-    return tuple(doors[rank] for rank in sorted(doors))
 
 
 class SpreadInlet:
@@ -161,56 +138,41 @@ class SpreadOutlet:
         self._local.forgive(target)
 
 
-class FollowingPlane:
-    """The plane of a rank that follows: made and driven by rank 0's commands. `make` makes it."""
+def commands(plane: Plane) -> dict[str, Handler]:
+    """What rank 0 has this rank's plane do, for `Follower.follow`."""
+    inlet, outlet = plane.inlet, plane.outlet
 
-    def __init__(self, follower: Follower, make: Callable[[PlaneConfig, Callable[[Event], None]], Plane]) -> None:
-        self._follower = follower
-        self._make = make
-        self._plane: Plane | None = None
-
-    def layer(self, layer: int) -> None:
-        """See `plan.OnLayer`. The steps of the warm-up come before there is a plane."""
-        if self._plane is not None:
-            self._plane.outlet.layer(layer)
-
-    def handlers(self) -> dict[str, Handler]:
-        """For `Follower.follow`."""
-        return {
-            "plane": self._begin,
-            "in.open": lambda key, attempt, source, first, blocks: self._own.inlet.open(
-                tuple(key), attempt, KvFormat(*source), first, blocks
-            ),
-            "in.expect": lambda key, last: self._own.inlet.expect(tuple(key), last),
-            "in.close": lambda key: self._own.inlet.close(tuple(key)),
-            "out.open": self._open,
-            "out.stage": lambda offers: self._own.outlet.stage([_offer(o) for o in offers]),
-            "out.offer": lambda offer: self._own.outlet.offer(_offer(offer)),
-            "out.close": lambda handover_id: self._own.outlet.close(handover_id),
-        }
-
-    def _begin(self, config: bytes) -> None:
-        self._plane = self._make(from_json(config, PlaneConfig), self._report)
-        self._follower.report(DOOR, dict(self._plane.door))
-
-    def _open(self, handover_id: int, attempt: int, target: bytes, transport: str) -> None:
+    def open_outlet(handover_id: int, attempt: int, target: bytes, transport: str) -> None:
         endpoint = FROM_SOURCE.decode(target)
         assert isinstance(endpoint, Endpoint)
-        self._own.outlet.open(handover_id, attempt, endpoint, transport)
+        outlet.open(handover_id, attempt, endpoint, transport)
 
-    def _report(self, event: Event) -> None:
+    return {
+        "in.open": lambda key, attempt, source, first, blocks: inlet.open(
+            tuple(key), attempt, KvFormat(*source), first, blocks
+        ),
+        "in.expect": lambda key, last: inlet.expect(tuple(key), last),
+        "in.close": lambda key: inlet.close(tuple(key)),
+        "out.open": open_outlet,
+        "out.stage": lambda offers: outlet.stage([_offer(o) for o in offers]),
+        "out.offer": lambda offer: outlet.offer(_offer(offer)),
+        "out.close": outlet.close,
+    }
+
+
+def reports(follower: Follower) -> Callable[[Event], None]:
+    """Tells rank 0 what this rank's plane has to say."""
+
+    def report(event: Event) -> None:
         match event:
             case Filled(key):
-                self._follower.report("filled", *key)
+                follower.report("filled", *key)
             case Spoiled(key, message, code):
-                self._follower.report("spoiled", *key, message, code)
+                follower.report("spoiled", *key, message, code)
             case TransportBroken(target, transport, message, lasting):
-                self._follower.report("broken", astuple(target), transport, message, lasting)
+                follower.report("broken", astuple(target), transport, message, lasting)
 
-    @property
-    def _own(self) -> Plane:
-        assert self._plane is not None
-        return self._plane
+    return report
 
 
 def _offer(fields: Sequence[Any]) -> Offer:

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from baton.common.errors import HandoverFailed, Unauthorized, WorkerLost
-from baton.common.sockets import Listener, connect, receive, receive_exactly, send, send_all
+from baton.common.sockets import Listener, connect, limit_waits, receive, receive_exactly, send, send_all
 
 
 def echo(connection: socket.socket) -> None:
@@ -82,6 +82,36 @@ def test_a_reader_that_stalls_costs_a_timeout_and_not_a_hang(door: Listener) -> 
         with pytest.raises(WorkerLost):
             for _ in range(200):  # the echo blocks on answers that nobody reads
                 send_all(peer, (1 << 20).to_bytes(4, "little"), bytes(1 << 20))
+
+
+def test_the_system_bounds_waits_as_well(door: Listener) -> None:
+    with connect(door.address, "secret") as peer:
+        limit_waits(peer, sending=0.2, receiving=0.05)
+        send(peer, bytes(300_000))
+        assert receive(peer, 1 << 20) == bytes(300_000)
+        with pytest.raises(WorkerLost):
+            receive(peer, 100)  # nobody speaks
+        with pytest.raises(WorkerLost):
+            for _ in range(200):  # nobody reads
+                send_all(peer, (1 << 20).to_bytes(4, "little"), bytes(1 << 20))
+
+
+def test_who_sends_a_byte_now_and_then_does_not_hold_the_reader_for_ever() -> None:
+    one, other = socket.socketpair()
+    over = threading.Event()
+
+    def drip() -> None:
+        while not over.wait(0.03):
+            other.send(b"x")
+
+    with one, other:
+        limit_waits(one, sending=0, receiving=0.1)
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        with pytest.raises(WorkerLost):
+            receive_exactly(one, memoryview(bytearray(100)))
+        over.set()
+        dripping.join()
 
 
 def test_closing_waits_for_those_who_serve() -> None:

@@ -1,4 +1,4 @@
-"""The manifests: valid by Kubernetes' own schemas, and by the documented fields where no schema is packaged (KubeRay)."""
+"""The manifests: valid by Kubernetes' own schemas, and by the documented fields where there is no schema (KubeRay)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((FOLDER / "baton.yaml").read_text()))
 VERSIONS = ("1.29", "1.37")
 
+
+def _fields(names: str) -> set[str]:
+    return set(names.split())
+
+
 # KubeRay's reference of ray.io/v1.
-RAY_CLUSTER = set(
-    "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec headServiceAnnotations "
-    "managedBy rayVersion suspend upgradeStrategy workerGroupSpecs".split()
+RAY_CLUSTER = _fields(
+    "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec "
+    "headServiceAnnotations managedBy rayVersion suspend upgradeStrategy workerGroupSpecs"
 )
-HEAD = set("enableIngress headService labels rayStartParams resources serviceType template".split())
-GROUP = set(
+HEAD = _fields("enableIngress headService labels rayStartParams resources serviceType template")
+GROUP = _fields(
     "groupName idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts rayStartParams replicas resources "
-    "scaleStrategy suspend template".split()
+    "scaleStrategy suspend template"
 )
-AUTOSCALER = set(
-    "env envFrom idleTimeoutSeconds image imagePullPolicy resources securityContext upscalingMode version "
-    "volumeMounts".split()
+AUTOSCALER = _fields(
+    "env envFrom idleTimeoutSeconds image imagePullPolicy resources securityContext upscalingMode version volumeMounts"
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton.common.errors import HandoverFailed, InvalidRequest
+from baton.common.errors import InvalidRequest
 from baton.common.kv_format import ITEM_BYTES, QUANTISED, KvFormat
 from baton.engine.kv_pool import KvPool, cpu_allocator, type_name
 from baton.kernels.quantised import LARGEST, TYPES
@@ -38,19 +38,7 @@ def test_sizes() -> None:
         FORMAT.blocks_in(3 * FORMAT.block_bytes - 1)
     made = pool()
     assert made.layers[0].shape == (10, 2, 2, 4, 8)
-    assert (made.num_layers, made.num_blocks, made.block_bytes) == (3, 10, FORMAT.block_bytes)
-
-
-@EVERY_TYPE
-def test_what_is_gathered_scatters_into_other_blocks_of_another_pool(dtype: str) -> None:
-    format = replace(FORMAT, dtype=dtype)
-    source, target = pool(format), KvPool(format, 0, 12, cpu_allocator)
-    for layer in range(3):
-        data = source.gather(layer, [7, 0, 3])
-        assert data.nbytes == 3 * format.block_bytes
-        target.scatter(layer, [1, 11, 2], bytes(data))
-        assert torch.equal(values(target, layer)[[1, 11, 2]], values(source, layer)[[7, 0, 3]])
-        assert not values(target, layer)[[0, 3, 4, 5, 6, 7, 8, 9, 10]].any()
+    assert (len(made.layers), made.num_blocks) == (3, 10)
 
 
 @EVERY_TYPE
@@ -75,32 +63,6 @@ def test_types_have_their_names() -> None:
     assert {name for name, kind in TYPES.items() if kind in LARGEST} == QUANTISED
 
 
-def test_a_block_is_one_run_of_bytes() -> None:
-    made = pool()
-    assert bytes(made.gather(1, [4])) == made.layers[1][4].contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def test_gather_is_a_copy() -> None:
-    made = pool()
-    before = bytes(data := made.gather(0, [2]))
-    made.fill([2], 1.0)
-    assert bytes(data) == before
-
-
-def test_nothing_gathers_and_scatters() -> None:
-    made = pool()
-    made.scatter(0, [], made.gather(0, []))
-
-
-@pytest.mark.parametrize("extra", [-1, 1, -FORMAT.block_bytes])
-def test_scatter_refuses_another_length(extra: int) -> None:
-    made = pool()
-    before = made.layers[0].clone()
-    with pytest.raises(HandoverFailed):
-        made.scatter(0, [1, 2], bytes(2 * FORMAT.block_bytes + extra))
-    assert torch.equal(made.layers[0], before)
-
-
 @EVERY_TYPE
 @pytest.mark.parametrize("value", [float("nan"), 3.0])
 def test_fill_touches_only_its_blocks(dtype: str, value: float) -> None:
@@ -121,4 +83,7 @@ def test_memory_comes_from_the_allocator(tmp_path: Path) -> None:
     made.fill([4], 1.0)
     content = (tmp_path / "pool").read_bytes()
     assert len(content) == 5 * 3 * FORMAT.block_bytes
-    assert content[4 * FORMAT.block_bytes : 5 * FORMAT.block_bytes] == bytes(made.gather(0, [4]))
+    assert (
+        content[4 * FORMAT.block_bytes : 5 * FORMAT.block_bytes]
+        == made.layers[0][4].contiguous().view(torch.uint8).numpy().tobytes()
+    )

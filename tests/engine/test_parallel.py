@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from baton.common.config import EngineConfig
+from baton.common.config import EngineConfig, WorkerConfig
 from baton.common.errors import InvalidRequest, WorkerLost
+from baton.common.types import Role
 from baton.engine.follower import Followers
 from baton.engine.plan import Sampled, Slice, StepPlan
 from baton.engine.runner import Engine, build_engine
@@ -44,8 +45,9 @@ def parallel(path: Path, tp: int, **settings: Any) -> Iterator[Engine]:
         with contextlib.suppress(WorkerLost):
             follow(
                 RankConfig(
-                    worker="test", rank=rank, parent=os.getpid(), address=followers.address, token=followers.token,
-                    meeting=followers.meeting, timeout_s=followers.timeout_s, engine=config,
+                    worker=WorkerConfig(name="test", role=Role.COLOCATED, engine=config), epoch=1, rank=rank,
+                    parent=os.getpid(), address=followers.address, token=followers.token, meeting=followers.meeting,
+                    timeout_s=followers.timeout_s,
                 )
             )  # fmt: skip
 

@@ -17,6 +17,8 @@ from baton.kernels.reference import TorchOps
 from ..tiny import make_checkpoint
 from .test_model import advance, prompts, sequence, start
 
+EACH_TYPE = pytest.mark.parametrize("kv_dtype", ["auto", "int8", "float8_e4m3", "bfloat16"])
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,12 +30,16 @@ def engine(checkpoint: Path) -> Engine:
     return start(checkpoint)
 
 
-def cached(engine: Engine, blocks: list[int], count: int) -> list[torch.Tensor]:
-    """K and V of the first `count` tokens that `blocks` hold, layer by layer."""
-    return [layer[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :count] for layer in engine.pool.layers]
+def kept(engine: Engine, blocks: list[int], count: int) -> list[torch.Tensor]:
+    """Elements and scales of the first `count` tokens that `blocks` hold, layer by layer."""
+    pool = engine.pool
+    found = [layer[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :count].float() for layer in pool.layers]
+    return found + [layer[blocks].permute(1, 2, 0, 3).flatten(2, 3)[:, :, :count] for layer in pool.scales]
 
 
-def test_chunks_batches_and_decodes_compute_the_same_bits(engine: Engine) -> None:
+@EACH_TYPE
+def test_chunks_batches_and_decodes_compute_the_same_bits(checkpoint: Path, kv_dtype: str) -> None:
+    engine = start(checkpoint, kv_dtype=kv_dtype)
     if engine.runner.operations == "torch":
         pytest.skip("only the compiled operations promise this")
     tokens, other = prompts(90, 70)
@@ -41,19 +47,20 @@ def test_chunks_batches_and_decodes_compute_the_same_bits(engine: Engine) -> Non
     stepped.tokens = list(tokens)
     advance(engine, [(whole, 90)])
     for count in (1, 30, 7, 52):
-        noise = sequence(other, 61)
-        advance(engine, [(noise, 40), (chunked, count)])
+        advance(engine, [(sequence(other, 61), 40), (chunked, count)])
     advance(engine, [(stepped, 60)])
     for _ in range(30):
         advance(engine, [(sequence(other, 81), 1), (stepped, 1)])
-    expected = cached(engine, whole.blocks, 90)
+    expected = kept(engine, whole.blocks, 90)
     for again in (chunked, stepped):
         assert again.tokens == whole.tokens
-        for found, wanted in zip(cached(engine, again.blocks, 90), expected, strict=True):
+        for found, wanted in zip(kept(engine, again.blocks, 90), expected, strict=True):
             assert torch.equal(found, wanted)
 
 
-def test_what_free_blocks_hold_does_not_matter(engine: Engine) -> None:
+@EACH_TYPE
+def test_what_free_blocks_hold_does_not_matter(checkpoint: Path, kv_dtype: str) -> None:
+    engine = start(checkpoint, kv_dtype=kv_dtype)
     (tokens,) = prompts(37)
     clean, dirty = sequence(tokens, 1), sequence(tokens, 1)
     for each in (clean, dirty):
@@ -70,7 +77,7 @@ def test_layers_report_in_order_once_their_kv_is_in_the_pool(engine: Engine) -> 
     seen: list[tuple[int, bool, bool]] = []
 
     def on_layer(index: int) -> None:
-        layers = cached(engine, owner.blocks, 20)
+        layers = kept(engine, owner.blocks, 20)
         later = all(bool(layer.isnan().all()) for layer in layers[index + 1 :])
         seen.append((index, bool(layers[index].isfinite().all()), later))
 
@@ -103,7 +110,7 @@ def test_compiled_and_torch_operations_agree(checkpoint: Path, monkeypatch: pyte
         owner = sequence(tokens, 1)
         while len(owner.tokens) < 70:
             advance(engine, [(owner, owner.missing)])
-    torch.testing.assert_close(cached(fast, owner.blocks, 69), cached(plain, owner.blocks, 69), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept(fast, owner.blocks, 69), kept(plain, owner.blocks, 69), rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_and_dummy_weights_run(checkpoint: Path) -> None:
@@ -128,7 +135,7 @@ def test_fingerprint_tells_what_differs(checkpoint: Path, tmp_path: Path) -> Non
 
 def test_lengths_are_bounded_by_the_pool(checkpoint: Path) -> None:
     engine = start(checkpoint)
-    block = engine.pool.num_layers * engine.pool.block_bytes
+    block = engine.format.num_layers * engine.format.block_bytes
     assert engine.max_model_len == 512
     assert start(checkpoint, max_model_len=100).max_model_len == 100
     small = start(checkpoint, kv_memory=3 * block)

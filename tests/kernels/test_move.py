@@ -6,6 +6,7 @@ import mmap
 import platform
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,14 +58,17 @@ def scattered(pieces: int, segments: int, size: int, seed: int, step: int) -> tu
 @given(
     size=SIZES, pieces=st.integers(0, 4), segments=st.integers(0, 5), shift=st.sampled_from([0, 1, 32]),
     step=st.sampled_from([1, 64]), seed=st.integers(0, 99), checked=st.booleans(),
+    passing=st.booleans(),
 )  # fmt: skip
-def copies_are_right(size: int, pieces: int, segments: int, shift: int, step: int, seed: int, checked: bool) -> None:
+def copies_are_right(
+    size: int, pieces: int, segments: int, shift: int, step: int, seed: int, checked: bool, passing: bool
+) -> None:
     source_at, target_at = scattered(pieces, segments, size, seed, step)
     target = aligned(pieces * segments * (size + step) + 1, shift)
     expected = target.copy()
     for one, other in zip(source_at.flat, target_at.flat, strict=True):
         expected[other : other + size] = MEMORY[one : one + size]
-    sums = move.copy(MEMORY, source_at, target, target_at, size, checked=checked)
+    sums = move.copy(MEMORY, source_at, target, target_at, size, checked=checked, passing=passing)
     assert np.array_equal(target, expected), "these bytes, and no others"
     right = expected_checksums(MEMORY, source_at, size)
     assert sums.dtype == np.uint64
@@ -165,3 +169,13 @@ def test_a_hint_to_stream_is_not_followed_where_the_target_is_not_aligned() -> N
         patch.setattr(move, "_STREAM_FROM", 0)
         move.copy(MEMORY, places, target, places, 4096)
     assert np.array_equal(target[:262_144], MEMORY[:262_144])
+
+
+def test_what_is_read_again_at_once_stays_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed: list[bool] = []
+    spy = SimpleNamespace(move=lambda *arguments: streamed.append(arguments[7]))
+    monkeypatch.setattr(move, "_library", lambda: spy)
+    memory, places = aligned(move._STREAM_FROM + 64), np.array([[0]])
+    for passing in (False, True):
+        move.copy(memory, places, memory, places, memory.size, passing=passing)
+    assert streamed == [True, False]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -127,6 +128,31 @@ def test_damaged_bytes_spoil_the_handover(inlet: RankInlet, posted: list[Filled 
         inlet.receive(SOURCE, 0, frame(0, 2, 2), Given(8))
     inlet.expect(KEY, 2)
     assert isinstance(posted[0], Spoiled)
+
+
+def test_a_source_that_goes_on_after_a_bad_frame_says_nothing_more(
+    inlet: RankInlet, pool: ToyPool, posted: list[Filled | Spoiled]
+) -> None:
+    """Otherwise it could fill the loop's inbox, and write on where nobody will read."""
+    for error in (HandoverFailed, StaleAttempt, StaleAttempt):
+        with pytest.raises(error):
+            inlet.receive(SOURCE, 0, replace(frame(0, 2, 2), size=1), Given())
+    with pytest.raises(StaleAttempt):
+        inlet.receive(SOURCE, 0, frame(0, 2, 2), Given())
+    assert len(posted) == 1 and isinstance(posted[0], Spoiled) and not pool.bytes.any()
+    assert inlet.touched(KEY) is None
+    inlet.close(KEY)
+
+
+def test_a_frame_that_waits_for_its_reservation_is_let_go_when_that_is_closed(pool: ToyPool) -> None:
+    """A handover that ends before this rank has heard of its beginning."""
+    inlet = RankInlet(pool.store, ManualClock(), lambda _: None, late_s=10.0)
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(inlet.receive, SOURCE, 0, frame(0, 2, 1), Given())
+        with pytest.raises(TimeoutError):
+            waiting.result(0.05)
+        inlet.close(KEY)
+        assert isinstance(waiting.exception(5), StaleAttempt)
 
 
 def test_overlaps_are_refused(inlet: RankInlet) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from baton.common.errors import BatonError, HandoverFailed, TransportFailed, Wor
 from baton.common.kv_format import KvFormat
 from baton.common.messages import Endpoint, Filled, Spoiled, TransportBroken
 from baton.common.types import WorkerRef
+from baton.kvtransfer import pair
 from baton.kvtransfer.choose import choose
 from baton.kvtransfer.host_store import HostStore
 from baton.kvtransfer.layout import Cut
@@ -150,6 +152,62 @@ def test_one_that_hangs_up_while_the_pair_is_made_is_noticed_at_once() -> None:
         making = pool.submit(Pair, one, True, CPU, HOST, 60)
         other.close()
         assert isinstance(making.exception(10), WorkerLost)
+
+
+def test_a_socket_that_has_just_been_closed_is_a_typed_error() -> None:
+    one, other = socket.socketpair()
+    one.close()
+    with other, pytest.raises(WorkerLost):
+        Pair(one, True, CPU, HOST, 5.0)
+
+
+def test_one_that_freezes_while_gloo_connects_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport is then avoided for a while, not for good. gloo takes five times what it is told to."""
+    told: list[float] = []
+
+    class Gloo(torch.distributed.ProcessGroupGloo):  # type: ignore[misc]
+        def __init__(self, store: object, rank: int, size: int, options: Any) -> None:
+            told.append(options._timeout.total_seconds())
+            raise RuntimeError("Gloo connectFullMesh failed with Connect timeout")
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", Gloo)
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(WorkerLost, match="Connect timeout"):
+        Pair(one, True, CPU, HOST, 5.0)
+    assert told == [1.0]
+
+
+def test_what_two_send_each_other_may_take_the_whole_patience() -> None:
+    """Longer than gloo may take to connect."""
+    source, target = met(patience=2.0)
+    data = torch.ones(3, dtype=torch.uint8)
+    came = torch.zeros_like(data)
+    with ThreadPoolExecutor() as pool:
+        receiving = pool.submit(target.receive(came))
+        time.sleep(0.6)
+        source.send(data)()
+        assert receiving.exception(5) is None and torch.equal(came, data)
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_who_came_to_the_port_but_is_not_at_the_socket_is_refused(
+    monkeypatch: pytest.MonkeyPatch, source: bool
+) -> None:
+    """It speaks as gloo does and does not know what was said by the socket."""
+    proven = pair._Meeting.get
+
+    def get(meeting: pair._Meeting, key: str) -> bytes:
+        heard = proven(meeting, key)
+        return bytes(32) if key == f"said by {int(source)}" else heard  # the other one's key
+
+    monkeypatch.setattr(pair._Meeting, "get", get)
+    with ThreadPoolExecutor() as pool:
+        one, other = socket.socketpair()
+        with one, other:
+            making = [pool.submit(Pair, s, s is one, CPU, HOST, 5.0) for s in (one, other)]
+            with pytest.raises(TransportFailed, match="somebody else"):
+                making[0 if source else 1].result()
+            assert isinstance(making[1 if source else 0].exception(10), BatonError | None)
 
 
 @pytest.mark.parametrize("junk", [b"", b"\xc1", b"\x92\x01\x02", b"\x93\xa1a\xa1b\xa1c"])

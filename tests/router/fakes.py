@@ -7,12 +7,13 @@ from typing import Any
 
 from baton.common.config import RouterConfig
 from baton.common.messages import Cancel, KvEvents, Load, StepReport, Submit, TokenOut
-from baton.common.types import Request, Role, SamplingParams, WorkerInfo, WorkerRef
+from baton.common.types import FinishReason, Request, Role, SamplingParams, WorkerInfo, WorkerRef
 from baton.router.core import RouterCore
 from baton.router.fleet import Worker
 from baton.router.request import Finish, RequestState
 
 KV_BYTES = 1000
+LENGTH, STOP, CANCELLED = FinishReason.LENGTH, FinishReason.STOP, FinishReason.CANCELLED
 
 
 def info(name: str, role: Role = Role.COLOCATED, epoch: int = 1, fingerprint: str = "f", **rest: Any) -> WorkerInfo:
@@ -107,6 +108,10 @@ class Driver:
         assert not core._requests and not core._tickets and not core._waiting
         for w in core._fleet.workers.values():
             assert (w.tickets, w.own_tokens, w.own_blocks, w.own_batch) == (set(), 0, 0, 0), w
+
+
+def tokens_of(state: RequestState) -> list[int]:
+    return [token.token for token in state.fresh]
 
 
 def finish_of(state: RequestState) -> Finish:

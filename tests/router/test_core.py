@@ -24,17 +24,9 @@ from baton.common.messages import (
     Started,
     TokenOut,
 )
-from baton.common.types import FinishReason, Role, Timeline, Usage
+from baton.common.types import Role, Timeline, Usage
 from baton.router import request as request_module
-from baton.router.request import RequestState
-from tests.router.fakes import Driver, cancels, finish_of, load, request
-
-LENGTH, STOP, CANCELLED = FinishReason.LENGTH, FinishReason.STOP, FinishReason.CANCELLED
-
-
-def tokens_of(state: RequestState) -> list[int]:
-    return [token.token for token in state.fresh]
-
+from tests.router.fakes import CANCELLED, LENGTH, STOP, Driver, cancels, finish_of, load, request, tokens_of
 
 # --- the good way ---
 

@@ -19,16 +19,8 @@ from baton.common.messages import (
     Finished,
     HandedOver,
 )
-from baton.common.types import FinishReason, Role
-from baton.router.request import RequestState
-from tests.router.fakes import Driver, cancels, finish_of, load
-
-LENGTH, STOP, CANCELLED = FinishReason.LENGTH, FinishReason.STOP, FinishReason.CANCELLED
-
-
-def tokens_of(state: RequestState) -> list[int]:
-    return [token.token for token in state.fresh]
-
+from baton.common.types import Role
+from tests.router.fakes import LENGTH, STOP, Driver, cancels, finish_of, load, tokens_of
 
 # --- losses ---
 

@@ -11,26 +11,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from baton.common import sockets
 from baton.common.config import RouterConfig
-from baton.common.errors import WorkerLost
+from baton.common.errors import BatonError
 from baton.common.messages import Endpoint, Reserve, Reserved, TargetMessage
 from baton.common.types import Role
 from baton.kvtransfer import wire
 from baton.kvtransfer.layout import Route
 from baton.kvtransfer.link import Greeting
+from baton.kvtransfer.pair import Pair
 from baton.kvtransfer.wire import FrameHeader
 from baton.protos import rpc
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from tests.house import House
 from tests.toy import FORMAT, LAYERS, ToyPool, endpoint, oracle, request
+from tests.worker.toy_process import toy_engine
 
 PROMPT = tuple(range(30, 40))  # three blocks, the last of them partial
 PIECE = FORMAT.block_bytes
 EVIL = replace(endpoint("evil", epoch=66), host="")
 WAIT_S = 5.0
+PATIENCE_S = 0.5
+"""How long the worker waits for the other rank of a process group."""
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Scene:
 async def a_scene() -> AsyncIterator[Scene]:
     house = House()
     await house.worker("prefill-0", Role.PREFILL)
-    worker = await house.worker("decode-0", Role.DECODE)
+    worker = await house.worker("decode-0", Role.DECODE, toy_engine(PATIENCE_S))
     router = Router("router", RouterConfig(lease_s=1.0, heartbeat_s=0.1), "secret")
     await router.start(house.members())
     pool = worker.plane.store.memory  # type: ignore[attr-defined]
@@ -137,23 +142,43 @@ def greeting(worker: Worker, **changes: object) -> Greeting:
     return replace(honest, **changes)
 
 
+def paired(worker: Worker, **changes: object) -> Greeting:
+    """Of a lane whose bytes go by a process group."""
+    return greeting(worker, transport="process-group", door="gloo", **changes)
+
+
 class Lane:
     """A lane whose source does as it likes. Blocking calls with a timeout, off the event loop."""
 
     def __init__(self, worker: Worker, hello: Greeting | bytes, token: str = "secret") -> None:
         self.socket = sockets.connect(worker.plane.door["tcp"], token, WAIT_S)
+        self._by_pair = isinstance(hello, Greeting) and hello.transport == "process-group"
+        self._pair: Pair | None = None
         sockets.send(self.socket, hello if isinstance(hello, bytes) else hello.packed())
 
     def answer(self) -> str:
         """What the worker says to the greeting: "" is welcome."""
         return sockets.receive(self.socket, 1 << 16).decode()
 
+    def announce(self, head: bytes, payload: bytes = b"") -> None:
+        """A frame's header, and on the lane's own socket what follows."""
+        sockets.send_all(self.socket, len(head).to_bytes(4, "little"), head, payload)
+
+    def meet(self) -> Pair:
+        """Once a header is there, the worker comes to meet us."""
+        self._pair = self._pair or Pair(self.socket, True, torch.device("cpu"), "127.0.0.1", PATIENCE_S)
+        return self._pair
+
     def frame(self, head: bytes, payload: bytes = b"") -> bool:
         """Whether the lane goes on: the frame was taken in, or refused by itself."""
         try:
-            sockets.send_all(self.socket, len(head).to_bytes(4, "little"), head, payload)
+            if self._by_pair:
+                self.announce(head)
+                self.meet().send(torch.frombuffer(bytearray(payload), dtype=torch.uint8))()
+            else:
+                self.announce(head, payload)
             return bool(self.socket.recv(1))
-        except (WorkerLost, OSError):
+        except (BatonError, OSError):
             return False
 
 

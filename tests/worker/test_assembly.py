@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -72,13 +71,6 @@ class Client:
 
     def failure(self, ticket: int) -> Failed | None:
         return next((f for r in self.reports for f in r.failed if f.ticket == ticket), None)
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[House]:
-    house = House()
-    yield house
-    await house.close()
 
 
 async def connect(worker: Worker) -> Client:

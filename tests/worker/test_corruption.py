@@ -3,51 +3,21 @@ ever sees what comes of them."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from baton.common.config import RouterConfig
 from baton.common.types import Role
 from baton.kvtransfer.wire import FrameHeader
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from tests.house import House
-from tests.toy import FORMAT, LAYERS, ToyEngine, oracle, request
+from tests.toy import FORMAT, LAYERS, ToyEngine
+from tests.worker.asking import answered
 
 LENGTH = 12
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[House]:
-    house = House()
-    yield house
-    await house.close()
-
-
-@pytest.fixture
-async def router(house: House) -> AsyncIterator[Router]:
-    router = Router("router", RouterConfig(lease_s=1.0, heartbeat_s=0.1, max_attempts=100), "secret")
-    await router.start(house.members())
-    yield router
-    await router.close()
-
-
-async def answer(router: Router, number: int) -> None:
-    prompt = [number, *range(200, 217)]
-    async with asyncio.timeout(20):
-        while router.ready()[0] != "ready":
-            await asyncio.sleep(0.01)
-        stream, tokens = router.submit(request(str(number), prompt, LENGTH)), []
-        while True:
-            batch = await stream.next()
-            tokens += [t.token for t in batch.tokens]
-            if batch.finish is not None:
-                break
-    assert tokens == oracle(prompt, LENGTH)
 
 
 def flip(memory: Any, at: int) -> None:
@@ -85,7 +55,7 @@ def around_give(worker: Worker, hook: Callable[[Any, FrameHeader], None]) -> Non
 
 async def check(house: House, router: Router, decode: Worker, flips: Flips, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(5):
-        await answer(router, number)
+        await answered(router, str(number), [number, *range(200, 217)], LENGTH)
     assert flips.left < 0, "nothing was damaged"
     aborts = dict(decode.loop.load().handover_aborts)
     assert aborts["corrupt_block"] > 0

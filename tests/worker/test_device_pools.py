@@ -3,13 +3,11 @@ memory. With a GPU: `tests/gpu/test_kvtransfer.py`."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from baton.common.config import RouterConfig
 from baton.common.errors import TransportFailed
 from baton.common.types import Role
 from baton.engine.kv_pool import KvPool, cpu_allocator
@@ -21,8 +19,9 @@ from baton.worker import compute
 from tests.house import House
 from tests.kvtransfer.stores import FORMAT
 from tests.kvtransfer.test_cuda_ipc import HostDriver
-from tests.toy import BLOCK_SIZE, ENTRY, LAYERS, ToyEngine, oracle, request
+from tests.toy import BLOCK_SIZE, LAYERS, ToyEngine, oracle, request
 from tests.toy import FORMAT as TOY
+from tests.worker.asking import answered, ask, ready
 
 PROMPT = list(range(40, 61))
 
@@ -32,37 +31,9 @@ def device_toy(driver: HostDriver, store: Callable[..., DeviceStore] = DeviceSto
     engine = ToyEngine()
     blocks = engine.num_blocks
     pool = CudaMemory(driver, LAYERS * blocks * TOY.block_bytes)
-    rows = pool.memory.numpy().reshape(LAYERS, blocks, 2, TOY.row_bytes)
-    engine.pool.bytes = rows[..., : BLOCK_SIZE * ENTRY // 2].reshape(LAYERS, blocks, 2, BLOCK_SIZE, ENTRY // 2)
+    engine.pool.lie_in(pool.memory.numpy())
     engine.store, engine.shared = store(pool.memory, TOY, 0, blocks), pool  # type: ignore[assignment]
     return engine
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[House]:
-    house = House()
-    yield house
-    await house.close()
-
-
-@pytest.fixture
-async def router(house: House) -> AsyncIterator[Router]:
-    router = Router("router", RouterConfig(lease_s=1.0, heartbeat_s=0.1), "secret")
-    await router.start(house.members())
-    yield router
-    await router.close()
-
-
-async def answer(router: Router, name: str, prompt: list[int]) -> list[int]:
-    async with asyncio.timeout(20):
-        while router.ready()[0] != "ready":
-            await asyncio.sleep(0.01)
-        stream, tokens = router.submit(request(name, prompt, 12)), []
-        while True:
-            batch = await stream.next()
-            tokens += [t.token for t in batch.tokens]
-            if batch.finish is not None:
-                return tokens
 
 
 @pytest.mark.parametrize("transport", ["cuda-ipc", "tcp", "grpc"])
@@ -72,7 +43,7 @@ async def test_each_transport_carries(house: House, router: Router, transport: s
     await house.worker("decode-0", Role.DECODE, device_toy(driver), transport=transport)
     for seed in range(4):
         prompt = [seed, *PROMPT]
-        assert await answer(router, str(seed), prompt) == oracle(prompt, 12)
+        await answered(router, str(seed), prompt, 12)
     assert {name for _, _, name in prefill.plane.outlet._lanes} == {transport}
     await house.balanced()
 
@@ -80,7 +51,7 @@ async def test_each_transport_carries(house: House, router: Router, transport: s
 async def test_between_a_device_and_a_host_it_goes_by_socket(house: House, router: Router) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL, device_toy(HostDriver()))
     await house.worker("decode-0", Role.DECODE)
-    assert await answer(router, "a", PROMPT) == oracle(PROMPT, 12)
+    await answered(router, "a", PROMPT, 12)
     assert {name for _, _, name in prefill.plane.outlet._lanes} == {"tcp"}
 
 
@@ -89,7 +60,7 @@ async def test_memory_that_cannot_be_opened_gives_way_to_a_socket(house: House, 
     prefill = await house.worker("prefill-0", Role.PREFILL, device_toy(driver))
     await house.worker("decode-0", Role.DECODE, device_toy(driver))
     driver.refuse = True
-    assert await answer(router, "a", PROMPT) == oracle(PROMPT, 12)
+    await answered(router, "a", PROMPT, 12)
     assert "tcp" in {name for _, _, name in prefill.plane.outlet._lanes}
     await house.balanced()
 
@@ -119,7 +90,8 @@ async def test_what_the_device_has_not_computed_yet_is_waited_for(house: House, 
     await house.worker("prefill-0", Role.PREFILL, engine)
     await house.worker("decode-0", Role.DECODE, device_toy(driver), transport="tcp")
     prompt = PROMPT[: BLOCK_SIZE * 2]
-    got = await answer(router, "a", prompt)
+    await ready(router)
+    got = await ask(router, request("a", prompt, 12))
     assert isinstance(engine.store, LateStore) and engine.store.waited >= LAYERS
     assert got[1:] == oracle([*prompt, got[0]], 11)  # the first token was sampled from a pool that looked empty
 

@@ -179,3 +179,34 @@ def test_a_source_that_decodes_does_not_trust_what_it_sent_damaged() -> None:
         assert world.source.heard(Stayed)
         ends(world, [])
         assert [t.position for t in world.source.tokens][-1] == len(EXPECTED) - 1
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+def test_who_is_preempted_on_its_way_stays_and_says_so(reserved: bool) -> None:
+    """The router waits for a word on the move, or it would never move that request again."""
+    with World(Role.COLOCATED, "tcp") as world:
+        source, target, table = world.source, world.target, world.source.context.table
+        for ticket, length in ((1, 30), (2, 20)):
+            prompt = [ticket, *PROMPT]
+            source.post(FromRouter("router", Submit(ticket, 1, request(str(ticket), prompt, length))))
+        while table.manager.available > 1:
+            source.step()
+        source.post(FromRouter("router", Move(2, target.own.ref)))
+        if reserved:
+            world.play("deliver", "control", 0)
+            world.play("deliver", "answer", 0)
+        assert not source.heard(Stayed)
+        while not source.loop.inspect().preemptions:
+            source.step()
+        (stayed,) = source.heard(Stayed)
+        assert stayed.ticket == 2 and len(source.roles[1]._moves) == 0  # type: ignore[attr-defined]
+        while world.channels["control"][0]:
+            world.play("deliver", "control", 0)
+        assert target.loop.inspect().handovers == 0
+        world.silence()
+        while len(source.heard(Finished)) < 2:
+            source.step()
+        for ticket, length in ((1, 30), (2, 20)):
+            prompt = [ticket, *PROMPT]
+            assert [t.token for t in source.tokens if t.ticket == ticket] == oracle(prompt, length)
+        assert not target.tokens

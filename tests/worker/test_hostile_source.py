@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from baton.kvtransfer.wire import FrameHeader
 from baton.protos import rpc
 from baton.worker.assembly import Worker
 from tests.toy import FORMAT, LAYERS, ToyPool
-from tests.worker.hostile import PIECE, WAIT_S, Control, Lane, Scene, a_scene, frame, greeting, lane
+from tests.worker.hostile import PIECE, WAIT_S, Control, Lane, Scene, a_scene, frame, greeting, lane, paired
 
 
 @pytest.fixture
@@ -49,15 +49,18 @@ BAD_FRAMES: dict[str, dict[str, Any]] = {
 """Each of them ends its handover and not the lane."""
 
 
+@pytest.mark.parametrize("hello", [greeting, paired], ids=["tcp", "process-group"])
 @pytest.mark.parametrize("what", BAD_FRAMES)
-async def test_a_bad_frame_ends_its_handover_and_writes_nothing_elsewhere(scene: Scene, what: str) -> None:
+async def test_a_bad_frame_ends_its_handover_and_writes_nothing_elsewhere(
+    scene: Scene, what: str, hello: Callable[[Worker], Greeting]
+) -> None:
     async with Control(scene.worker) as control:
         blocks = await control.reserved(1)
         before = scene.held(blocks)
         changes = dict(BAD_FRAMES[what])
         head, payload = frame(1, **{k: changes.pop(k) for k in ("first", "count") if k in changes}, **changes)
         payload = payload.ljust(wire.unpack(head).size, b"!")[: wire.unpack(head).size]
-        with lane(scene.worker, greeting(scene.worker)) as evil:
+        with lane(scene.worker, hello(scene.worker)) as evil:
             assert await asyncio.to_thread(evil.answer) == ""
             assert await asyncio.to_thread(evil.frame, head, payload)
         said, code = await control.hear(), "corrupt_block" if "checksums" in changes else "handover_failed"
@@ -145,6 +148,7 @@ def _greetings(worker: Worker) -> dict[str, Greeting | bytes]:
         "another incarnation": replace(good, target_epoch=1),
         "another rank of ours": replace(good, target_rank=1),
         "a transport that nobody has": replace(good, transport="pigeon"),
+        "a process group of another kind": replace(paired(worker), door="nccl"),
         "shared memory of another model": replace(good, transport="shm", format=other),
         "shared memory kept in another way": replace(good, transport="shm", format=replace(FORMAT, block_size=8)),
     }

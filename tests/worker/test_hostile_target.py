@@ -11,20 +11,25 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from baton.common import sockets
 from baton.common.kv_format import KvFormat
 from baton.common.messages import Abort, Committed, Endpoint, Failed, Refused, Reserve, Reserved, StepReport, Submit
 from baton.common.sockets import Listener
 from baton.common.types import Role, WorkerRef
 from baton.engine.mailbox import FromRouter, RouterJoined
+from baton.kvtransfer.pair import Pair
 from baton.protos import rpc
 from baton.protos.convert import RAW
 from baton.worker.assembly import Worker
 from tests.house import House
 from tests.toy import FORMAT, LAYERS, oracle, request
+from tests.worker.toy_process import toy_engine
 
 PROMPT = list(range(50, 63))
 WAIT_S = 6.0
+LEASE_S = 0.5
 Answer = Callable[[Reserve], Sequence[Any]]
 
 
@@ -47,7 +52,7 @@ class Target:
         self._listener.close()
 
     async def _control(self, stream: rpc.Stream[bytes, bytes]) -> None:
-        door = {"tcp": self._listener.address}
+        door = {"tcp": self._listener.address, "process-group": "gloo"}
         own = replace(Endpoint(self.ref, "toy", FORMAT, "elsewhere", (door,)), **self._own)
         await stream.read()
         await stream.write(rpc.FROM_TARGET.encode(own))
@@ -83,6 +88,28 @@ def grants(transport: str, cached: int = 0, *more: Any) -> Answer:
     return lambda reserve: [Reserved(reserve.handover_id, cached, transport), *more]
 
 
+def welcoming(then: Callable[[socket.socket], None]) -> Callable[[socket.socket], None]:
+    """A lane that takes the greeting and the first frame's header; then the two ranks of a process group meet."""
+
+    def lane(connection: socket.socket) -> None:
+        sockets.receive(connection, 1 << 16)
+        sockets.send(connection, b"")
+        sockets.receive(connection, 1 << 16)
+        then(connection)
+
+    return lane
+
+
+def meet(connection: socket.socket) -> Pair:
+    return Pair(connection, False, torch.device("cpu"), "127.0.0.1", WAIT_S)
+
+
+def comes_and_asks_for_nothing(connection: socket.socket) -> None:
+    pair = meet(connection)
+    quiet(connection)
+    pair.abort()
+
+
 HUGE = KvFormat(LAYERS, 1, FORMAT.head_dim, 1 << 16, "float32")
 
 EVIL: dict[str, tuple[Answer, Callable[[socket.socket], None], dict[str, object]]] = {
@@ -95,6 +122,12 @@ EVIL: dict[str, tuple[Answer, Callable[[socket.socket], None], dict[str, object]
     "a door that is none": (grants("tcp"), quiet, {"doors": ({"tcp": "here!"},)}),
     "a lane that never answers": (grants("tcp"), quiet, {}),
     "a lane that answers too much": (grants("tcp"), generous, {}),
+    "a group that nobody comes to": (grants("process-group"), welcoming(quiet), {}),
+    "a group that hangs up": (grants("process-group"), welcoming(lambda _: None), {}),
+    "a group that talks nonsense": (grants("process-group"), welcoming(lambda c: sockets.send(c, b"\xc1 what?")), {}),
+    "a group that tells stories": (grants("process-group"), welcoming(rude), {}),
+    "a group that comes and goes": (grants("process-group"), welcoming(lambda c: meet(c).abort()), {}),
+    "a group that asks for nothing": (grants("process-group"), welcoming(comes_and_asks_for_nothing), {}),
     "a lane that tells stories": (grants("tcp"), rude, {}),
     "more blocks than the request has": (grants("tcp", 10**9), quiet, {}),
     "a commit before its time": (lambda r: [Committed(r.handover_id), Reserved(r.handover_id, 0, "tcp")], quiet, {}),
@@ -145,7 +178,8 @@ async def house() -> AsyncIterator[House]:
 @pytest.mark.parametrize("what", EVIL)
 async def test_a_target_that_is_not_to_be_trusted(house: House, what: str) -> None:
     answer, lane, own = EVIL[what]
-    worker = await house.worker("colocated-0", Role.COLOCATED, lease_s=0.5, window_frames=1, frame_bytes=64)
+    settings: dict[str, object] = {"lease_s": LEASE_S, "window_frames": 1, "frame_bytes": 64}
+    worker = await house.worker("colocated-0", Role.COLOCATED, toy_engine(LEASE_S), **settings)
     up = Listening(worker)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     async with Target(answer, lane, **own) as evil:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from baton.common.config import RouterConfig
@@ -20,12 +21,14 @@ from baton.kvtransfer.wire import FrameHeader
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from tests.house import House
-from tests.toy import ToyEngine, oracle, request
+from tests.toy import oracle, request
+from tests.worker.toy_process import toy_engine
 from tests.worker.world import Held
 
 LOST, DOUBLED, DELAYED = 0.03, 0.06, 0.15
 """Shares of all messages, and of all frames."""
 LATE_S = 0.08
+LEASE_S = 0.6
 LENGTH = 16
 WITHIN_S = 45.0
 
@@ -66,7 +69,7 @@ class Weather:
 def kept(taker: Taker) -> Taker:
     """One whose bytes are still there when the lane has gone on to the next frame."""
     data: Any = getattr(taker, "_data", getattr(taker, "data", None))
-    return taker if data is None else Held(bytes(data))
+    return taker if data is None else Held(np.asarray(data).tobytes())
 
 
 def expose(worker: Worker, weather: Weather) -> None:
@@ -114,12 +117,12 @@ async def answer(router: Router, number: int) -> None:
     assert tokens == oracle(prompt, LENGTH), number
 
 
-@pytest.mark.parametrize(("transport", "seed"), [("shm", 1), ("tcp", 2), ("grpc", 3)])
+@pytest.mark.parametrize(("transport", "seed"), [("shm", 1), ("tcp", 2), ("grpc", 3), ("process-group", 4)])
 async def test_bad_weather(house: House, transport: str, seed: int) -> None:
     weather = Weather(seed)
     for name, role in (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE), ("decode-1", Role.DECODE)):
-        settings: dict[str, object] = {"transport": transport, "lease_s": 0.6, "frame_bytes": 128}
-        expose(await house.worker(name, role, ToyEngine(num_blocks=48), **settings), weather)
+        settings: dict[str, object] = {"transport": transport, "lease_s": LEASE_S, "frame_bytes": 128}
+        expose(await house.worker(name, role, toy_engine(LEASE_S, num_blocks=48), **settings), weather)
     router = Router("router", RouterConfig(lease_s=2.0, heartbeat_s=0.1, max_attempts=1000), "secret")
     await router.start(house.members())
     try:
@@ -132,4 +135,5 @@ async def test_bad_weather(house: House, transport: str, seed: int) -> None:
         await router.close()
     await asyncio.to_thread(weather.settle)
     assert weather.count > 50
+    assert transport in {how for _, _, how in house.workers["prefill-0"].plane.outlet._lanes}
     await house.balanced(within_s=10.0)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -15,24 +14,9 @@ from baton.common.types import Role
 from baton.router.service import Router
 from tests.house import House
 from tests.toy import BLOCK_SIZE, ToyEngine, oracle, request
+from tests.worker.asking import ask, ready
 
 TIMEOUT_S = 40.0
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[House]:
-    house = House()
-    yield house
-    await house.close()
-
-
-@pytest.fixture
-async def router(house: House) -> AsyncIterator[Router]:
-    config = RouterConfig(lease_s=2.0, heartbeat_s=0.1, max_losses=50, max_attempts=500, return_answers=False)
-    router = Router("router", config, "secret")
-    await router.start(house.members())
-    yield router
-    await router.close()
 
 
 def slow(num_blocks: int = 1200, seconds: float = 0.01) -> ToyEngine:
@@ -44,23 +28,6 @@ def slow(num_blocks: int = 1200, seconds: float = 0.01) -> ToyEngine:
 def prompt(seed: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(900) for _ in range(rng.randrange(3, 40))]
-
-
-async def ready(router: Router, workers: int) -> None:
-    async with asyncio.timeout(10):
-        while sum(w.state == "ready" for w in router.snapshot().workers) < workers:
-            await asyncio.sleep(0.01)
-
-
-async def answer(router: Router, seed: int, length: int) -> list[int]:
-    stream, tokens = router.submit(request(str(seed), prompt(seed), length)), []
-    while True:
-        batch = await stream.next()
-        for token in batch.tokens:
-            assert token.position == len(prompt(seed)) + len(tokens)
-            tokens.append(token.token)
-        if batch.finish is not None:
-            return tokens
 
 
 async def drained(house: House, name: str) -> None:
@@ -78,7 +45,7 @@ async def test_a_drain_takes_its_requests_along(house: House, router: Router, tr
     await ready(router, 3)
     seeds, length = range(24), 140
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
-        answers = [group.create_task(answer(router, seed, length)) for seed in seeds]
+        answers = [group.create_task(ask(router, request(str(seed), prompt(seed), length))) for seed in seeds]
         await asyncio.sleep(0.25)
         assert all(w.loop.load().running > 2 for n, w in house.workers.items() if n != "prefill-0")
         router._core.set_draining((), {"decode-0"})
@@ -109,7 +76,7 @@ async def test_to_and_fro_until_the_end(house: House, router: Router) -> None:
     chasing = asyncio.create_task(chase())
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            answers = await asyncio.gather(*(answer(router, seed, length) for seed in seeds))
+            answers = await asyncio.gather(*(ask(router, request(str(seed), prompt(seed), length)) for seed in seeds))
     finally:
         chasing.cancel()
     for seed, tokens in zip(seeds, answers, strict=True):
@@ -126,7 +93,7 @@ async def test_either_side_dies_while_requests_move(house: House, router: Router
     await ready(router, 4)
     seeds, length = range(80, 104), 120
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
-        answers = [group.create_task(answer(router, seed, length)) for seed in seeds]
+        answers = [group.create_task(ask(router, request(str(seed), prompt(seed), length))) for seed in seeds]
         await asyncio.sleep(0.2)
         router._core.set_draining((), {"decode-0"})
         await asyncio.sleep(0.03)
@@ -141,7 +108,7 @@ async def test_who_finds_no_room_stays(house: House, router: Router) -> None:
     await house.worker("decode-0", Role.DECODE, slow())
     await ready(router, 2)
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
-        answers = [group.create_task(answer(router, seed, 60)) for seed in range(6)]
+        answers = [group.create_task(ask(router, request(str(seed), prompt(seed), 60))) for seed in range(6)]
         await asyncio.sleep(0.1)
         await house.worker("decode-1", Role.DECODE, ToyEngine(num_blocks=6))
         await ready(router, 3)
@@ -160,7 +127,7 @@ async def test_an_answer_goes_back_to_where_its_prompt_was_computed(house: House
         await house.worker("decode-0", Role.DECODE)
         await ready(router, 2)
         first = prompt(1)
-        said = await answer(router, 1, 40)
+        said = await ask(router, request(str(1), prompt(1), 40))
         async with asyncio.timeout(TIMEOUT_S):
             while prefill.loop.load().cached_blocks < (len(first) + 39) // BLOCK_SIZE:
                 await asyncio.sleep(0.01)

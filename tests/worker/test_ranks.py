@@ -10,12 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from baton.common.config import EngineConfig
+from baton.common.config import EngineConfig, WorkerConfig, to_json
 from baton.common.errors import EngineBroken
+from baton.common.types import Role
+from baton.engine.follower import READY
 from baton.engine.plan import Slice, StepPlan
 from baton.engine.runner import Engine, build_engine
 from baton.worker.ranks import Ranks
@@ -28,12 +31,21 @@ TIMEOUT_S = 2.0
 
 WORKER = """
 import sys, time
-from baton.common.config import EngineConfig
+from baton.common.config import EngineConfig, WorkerConfig
+from baton.common.types import Role
 from baton.worker.ranks import Ranks
-ranks = Ranks("worker", EngineConfig(model=sys.argv[1], tp=2, device="cpu", threads=2))
+engine = EngineConfig(model=sys.argv[1], tp=2, device="cpu", threads=2)
+ranks = Ranks(WorkerConfig(name="worker", role=Role.COLOCATED, engine=engine), 1)
 ranks.followers.wait_for("here")
 print(*ranks.pids, flush=True)
 time.sleep(60)
+"""
+
+LOADING = """
+import asyncio, sys
+from baton.common.config import WorkerConfig, from_json
+from baton.worker.main import run
+asyncio.run(run(from_json(sys.stdin.buffer.readline(), WorkerConfig)))
 """
 
 
@@ -42,14 +54,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), "qwen2", num_attention_heads=4, num_key_value_heads=1)
 
 
+def worker(checkpoint: Path, tp: int, **settings: Any) -> WorkerConfig:
+    engine = EngineConfig(model=str(checkpoint), tp=tp, device="cpu", threads=tp, kv_memory=4 << 20)
+    return WorkerConfig(name="worker", role=Role.COLOCATED, engine=engine, **settings)
+
+
 @contextmanager
-def running(checkpoint: Path, tp: int) -> Iterator[tuple[Ranks, Engine]]:
+def running(checkpoint: Path, tp: int, **settings: Any) -> Iterator[tuple[Ranks, Engine]]:
     """An engine over `tp - 1` child processes, of which nothing is left afterwards."""
-    config = EngineConfig(model=str(checkpoint), tp=tp, device="cpu", threads=tp, kv_memory=4 << 20)
-    ranks = Ranks("worker", config, TIMEOUT_S)
+    config = worker(checkpoint, tp, **settings)
+    ranks = Ranks(config, 1, TIMEOUT_S)
     processes = [psutil.Process(pid) for pid in ranks.pids]
     with closing(ranks):
-        yield ranks, build_engine(config, lambda share: None, followers=ranks.followers)
+        yield ranks, build_engine(config.engine, lambda share: None, followers=ranks.followers)
     assert not any(process.is_running() for process in processes)
     assert not os.path.exists(os.path.dirname(ranks.followers.meeting))
 
@@ -86,11 +103,11 @@ def test_a_lost_rank_breaks_the_engine_for_good(checkpoint: Path, number: signal
 
 
 def test_a_rank_that_ends_before_it_is_ready_is_told_of(checkpoint: Path) -> None:
-    config = EngineConfig(model=str(checkpoint), tp=2, device="cpu", threads=2, kv_memory=4 << 20)
-    with closing(Ranks("worker", config, TIMEOUT_S)) as ranks:
+    config = worker(checkpoint, 2)
+    with closing(Ranks(config, 1, TIMEOUT_S)) as ranks:
         os.kill(ranks.pids[0], signal.SIGKILL)
         with pytest.raises(EngineBroken, match="rank 1 ended with exit code -9"):
-            build_engine(config, lambda share: None, followers=ranks.followers)
+            build_engine(config.engine, lambda share: None, followers=ranks.followers)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -102,4 +119,27 @@ def test_ranks_end_with_their_worker_even_stopped_ones(checkpoint: Path, tmp_pat
         if stopped:
             child.send_signal(signal.SIGSTOP)
         worker.kill()
+    eventually(lambda: gone(child), "the rank has ended")
+
+
+def test_each_rank_takes_lanes_in_at_a_door_of_its_own(checkpoint: Path) -> None:
+    with running(checkpoint, 2) as (ranks, _):
+        ((door,),) = ranks.followers.wait_for(READY)
+    host, _, port = door["tcp"].rpartition(":")
+    assert host == "127.0.0.1" and int(port) > 0
+    assert "grpc" not in door
+
+
+def test_a_worker_that_is_told_to_stop_while_it_loads_ends_with_its_ranks(checkpoint: Path) -> None:
+    """Also where one of them says nothing any more."""
+    with subprocess.Popen([sys.executable, "-P", "-c", LOADING], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(to_json(worker(checkpoint, 2)) + b"\n")
+        process.stdin.flush()
+        parent = psutil.Process(process.pid)
+        eventually(parent.children, "a rank has been started", 60.0)
+        (child,) = parent.children()
+        child.send_signal(signal.SIGSTOP)
+        process.terminate()
+        assert process.wait(10.0) == 0
     eventually(lambda: gone(child), "the rank has ended")

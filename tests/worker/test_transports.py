@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-
 import pytest
 import torch
 
-from baton.common.config import TRANSPORTS, RouterConfig
+from baton.common.config import TRANSPORTS
 from baton.common.errors import TransportFailed
 from baton.common.types import Role
 from baton.kvtransfer.process_group import ProcessGroups
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from tests.house import House
-from tests.toy import ToyEngine, oracle, request
+from tests.toy import ToyEngine
+from tests.worker.asking import answered
 
 PROMPT = list(range(40, 61))
 HERE = ("shm", "tcp", "grpc")
 """What two workers on a CPU have."""
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[House]:
-    house = House()
-    yield house
-    await house.close()
-
-
-@pytest.fixture
-async def router(house: House) -> AsyncIterator[Router]:
-    router = Router("router", RouterConfig(lease_s=1.0, heartbeat_s=0.1), "secret")
-    await router.start(house.members())
-    yield router
-    await router.close()
-
-
-async def answer(router: Router, name: str, prompt: list[int]) -> list[int]:
-    async with asyncio.timeout(20):
-        while router.ready()[0] != "ready":
-            await asyncio.sleep(0.01)
-        stream, tokens = router.submit(request(name, prompt, 12)), []
-        while True:
-            batch = await stream.next()
-            tokens += [t.token for t in batch.tokens]
-            if batch.finish is not None:
-                return tokens
 
 
 def used(worker: Worker) -> set[str]:
@@ -65,7 +36,7 @@ async def test_each_transport_carries(house: House, router: Router, transport: s
     await house.worker("decode-0", Role.DECODE, engine(), transport=transport)
     for seed in range(4):
         prompt = [seed, *PROMPT]
-        assert await answer(router, str(seed), prompt) == oracle(prompt, 12)
+        await answered(router, str(seed), prompt, 12)
     await house.balanced()
     assert used(prefill) == {transport}
     assert prefill.loop.load().handovers == 4
@@ -74,7 +45,7 @@ async def test_each_transport_carries(house: House, router: Router, transport: s
 async def test_the_best_is_chosen(house: House, router: Router) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     await house.worker("decode-0", Role.DECODE)
-    assert await answer(router, "a", PROMPT) == oracle(PROMPT, 12)
+    await answered(router, "a", PROMPT, 12)
     assert used(prefill) == {"shm"}
 
 
@@ -90,7 +61,7 @@ async def test_a_transport_that_fails_gives_way_to_the_next(
     decode.plane._server._takers["shm"] = refuse  # type: ignore[index]
     for seed in range(3):
         prompt = [seed, *PROMPT]
-        assert await answer(router, str(seed), prompt) == oracle(prompt, 12)
+        await answered(router, str(seed), prompt, 12)
     assert "tcp" in used(prefill)
     told = [r for r in caplog.records if "falling back" in r.message]
     assert len(told) == 1 and "not today" in told[0].message
@@ -108,7 +79,7 @@ async def test_when_all_have_failed_it_begins_again(house: House, router: Router
             raise TransportFailed("not yet")
 
     decode.plane._server.admit = admit  # type: ignore[method-assign]
-    assert await answer(router, "a", PROMPT) == oracle(PROMPT, 12)
+    await answered(router, "a", PROMPT, 12)
     assert [g.transport for g in refusals] == list(HERE)  # type: ignore[attr-defined]
     assert set(HERE) < set(TRANSPORTS)
     await house.balanced()

@@ -1,4 +1,4 @@
-"""A toy worker as a process of its own that stops or kills itself at a named point of a handover.
+"""A toy worker as a process of its own that freezes or kills itself at a named point of a handover.
 
 `POINTS` wraps what the worker passes through at that point; nothing in the worker knows of it.
 """
@@ -16,10 +16,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from baton.common.clock import RealClock
-from baton.common.messages import Commit, Committed, Filled, Reserve, Reserved
+from baton.common.messages import Commit, Committed, Filled, Move, Reserve, Reserved
 from baton.common.types import Role
-from baton.engine.mailbox import FromSource, FromTarget, Inbox
+from baton.decode.role import DecodeRole
+from baton.engine.mailbox import FromRouter, FromSource, FromTarget, Inbox
+from baton.kvtransfer import pair
+from baton.kvtransfer.pair import Pair
+from baton.kvtransfer.process_group import ProcessGroups
 from baton.protos.rpc import CalledStream
 from baton.worker.assembly import Worker
 from tests.toy import ToyEngine, worker_config
@@ -29,13 +35,15 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Sick:
-    """What the process is told: who it is, where it strikes itself (a key of `POINTS`), and by which signal."""
+    """What the process is told: who it is, where it strikes itself (a key of `POINTS`), and by which signal. `step_s`:
+    how long each of its steps takes at least."""
 
     name: str
     role: Role
     point: str
     signal: int
     handover: dict[str, object]
+    step_s: float = 0.0
 
 
 When = Callable[..., bool]
@@ -59,18 +67,18 @@ class Strike:
     def before(self, owner: Any, name: str, when: When = lambda *_: True) -> None:
         original = getattr(owner, name)
 
-        def wrapped(*args: Any) -> Any:
+        def wrapped(*args: Any, **named: Any) -> Any:
             if when(*args):
                 self()
-            return original(*args)
+            return original(*args, **named)
 
         setattr(owner, name, wrapped)
 
     def after(self, owner: Any, name: str, when: When = lambda *_: True) -> None:
         original = getattr(owner, name)
 
-        def wrapped(*args: Any) -> Any:
-            result = original(*args)
+        def wrapped(*args: Any, **named: Any) -> Any:
+            result = original(*args, **named)
             if when(*args):
                 self()
             return result
@@ -147,34 +155,71 @@ def _landing(worker: Worker, strike: Strike, where: str) -> None:
     worker.plane.inlet.receive = wrapped  # type: ignore[method-assign]
 
 
+def _pausing(worker: Worker, strike: Strike) -> None:
+    """A request that moves away has just left the batch."""
+    (decode,) = (role for role in worker.loop.roles if isinstance(role, DecodeRole))
+    strike.after(decode._planner, "pause")
+
+
 Point = Callable[[Worker, Strike], None]
 
 SOURCE: dict[str, Point] = {
-    "about to ask": lambda w, s: s.before(w._targets, "send", _sends(Reserve)),
-    "asked": lambda w, s: s.before(Inbox, "post", _posts(FromTarget, Reserved)),
-    "before the first byte": lambda w, s: _giving(w, s, 1),
-    "in mid-transfer": lambda w, s: _giving(w, s, 7),
-    "in mid-transfer, a frame just sent": lambda w, s: _giving(w, s, 7, "after"),
-    "all sent": _all_sent,
-    "committing": _commit_written,
-    "about to hear of the commit": lambda w, s: s.before(Inbox, "post", _posts(FromTarget, Committed)),
-    "committed": lambda w, s: s.before(w.loop.context.outbox, "handed_over"),
+    "source: about to ask": lambda w, s: s.before(w._targets, "send", _sends(Reserve)),
+    "source: asked": lambda w, s: s.before(Inbox, "post", _posts(FromTarget, Reserved)),
+    "source: before the first byte": lambda w, s: _giving(w, s, 1),
+    "source: in mid-transfer": lambda w, s: _giving(w, s, 7),
+    "source: in mid-transfer, a frame just sent": lambda w, s: _giving(w, s, 7, "after"),
+    "source: all sent": _all_sent,
+    "source: committing": _commit_written,
+    "source: about to hear of the commit": lambda w, s: s.before(Inbox, "post", _posts(FromTarget, Committed)),
+    "source: committed": lambda w, s: s.before(w.loop.context.outbox, "handed_over"),
 }
 
 TARGET: dict[str, Point] = {
-    "asked": lambda w, s: s.before(Inbox, "post", _posts(FromSource, Reserve)),
-    "reserved": lambda w, s: s.before(w._sources, "send", _sends(Reserved)),
-    "before the first byte": lambda w, s: s.before(w.plane.inlet, "receive", _nth(1)),
-    "in mid-transfer": lambda w, s: s.before(w.plane.inlet, "receive", _nth(7)),
-    "about to copy": lambda w, s: _landing(w, s, "before"),
-    "just copied": lambda w, s: _landing(w, s, "after"),
-    "filled": lambda w, s: s.before(w.plane.inlet, "_post", lambda item: isinstance(item, Filled)),
-    "about to hear of the commit": lambda w, s: s.before(Inbox, "post", _posts(FromSource, Commit)),
-    "committed": lambda w, s: s.before(w._sources, "send", _sends(Committed)),
-    "committed and said so": lambda w, s: s.after(w._sources, "send", _sends(Committed)),
+    "target: asked": lambda w, s: s.before(Inbox, "post", _posts(FromSource, Reserve)),
+    "target: reserved": lambda w, s: s.before(w._sources, "send", _sends(Reserved)),
+    "target: a lane comes": lambda w, s: s.before(w.plane._server, "admit"),
+    "target: before the first byte": lambda w, s: s.before(w.plane.inlet, "receive", _nth(1)),
+    "target: in mid-transfer": lambda w, s: s.before(w.plane.inlet, "receive", _nth(7)),
+    "target: about to copy": lambda w, s: _landing(w, s, "before"),
+    "target: just copied": lambda w, s: _landing(w, s, "after"),
+    "target: filled": lambda w, s: s.before(w.plane.inlet, "_post", lambda item: isinstance(item, Filled)),
+    "target: about to hear of the commit": lambda w, s: s.before(Inbox, "post", _posts(FromSource, Commit)),
+    "target: committed": lambda w, s: s.before(w._sources, "send", _sends(Committed)),
+    "target: committed and said so": lambda w, s: s.after(w._sources, "send", _sends(Committed)),
 }
 
-POINTS = {Role.PREFILL: SOURCE, Role.DECODE: TARGET}
+PAIR: dict[str, Point] = {
+    "about to meet": lambda _, s: s.before(ProcessGroups, "pair"),
+    "meeting": lambda _, s: s.before(pair._Meeting, "get"),
+    "just met": lambda _, s: s.after(ProcessGroups, "pair"),
+}
+"""At either end of a lane by a process group."""
+
+PAIR_SOURCE: dict[str, Point] = {
+    "source: a frame announced, its bytes not sent": lambda _, s: s.before(Pair, "send", _nth(7)),
+    "source: its bytes under way": lambda _, s: s.after(Pair, "send", _nth(7)),
+}
+
+PAIR_TARGET: dict[str, Point] = {
+    "target: a frame announced, its bytes not asked for": lambda _, s: s.before(Pair, "receive", _nth(7)),
+    "target: its bytes under way": lambda _, s: s.after(Pair, "receive", _nth(7)),
+}
+
+MOVING: dict[str, Point] = {
+    "source: told to move": lambda _, s: s.before(Inbox, "post", _posts(FromRouter, Move)),
+    "source: paused": _pausing,
+}
+"""At a decode worker that a running request leaves."""
+
+POINTS = SOURCE | TARGET | PAIR | PAIR_SOURCE | PAIR_TARGET | MOVING
+
+
+def toy_engine(lease_s: float, step_s: float = 0.0, num_blocks: int = 64) -> ToyEngine:
+    """One that can have process groups as well. Its steps take `step_s` seconds at least."""
+    engine = ToyEngine(num_blocks, groups=ProcessGroups(torch.device("cpu"), "127.0.0.1", lease_s))
+    engine.runner.before = lambda _: time.sleep(step_s)
+    return engine
 
 
 def main(sick: Sick, says: Connection) -> None:
@@ -184,8 +229,9 @@ def main(sick: Sick, says: Connection) -> None:
 
 
 async def _run(sick: Sick, says: Connection) -> None:
-    worker = Worker(worker_config(sick.name, sick.role, **sick.handover), ToyEngine(), RealClock())
-    POINTS[sick.role][sick.point](worker, Strike(sick.signal, says))
+    config = worker_config(sick.name, sick.role, **sick.handover)
+    worker = Worker(config, toy_engine(config.handover.lease_s, sick.step_s), RealClock())
+    POINTS[sick.point](worker, Strike(sick.signal, says))
     await worker.start()
     threading.Thread(target=worker.loop.run, args=(threading.Event(),), daemon=True).start()
     says.send(worker.ref)
