@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.config import HandoverConfig
-from ..common.errors import BatonError
+from ..common.errors import BatonError, Overloaded
 from ..common.hashing import BlockHasher, cluster_key
 from ..common.kv_format import KvFormat
 from ..common.messages import Endpoint, Filled, Load, Renew, RouterMessage, Spoiled, StepReport
@@ -252,6 +254,7 @@ class SimWorker:
         self.endpoint = Endpoint(info.ref, info.fingerprint, self.store.format, "", ({"tcp": info.ref.address},))
         self._tell_router = tell_router
         self._inbox = Inbox()
+        self._arrived: deque[InboxItem] = deque()  # what the inbox has no room for yet: its senders wait
         self._wakes = 0  # counts, so that a wake-up that was overtaken is known
         self._asleep = False
         self.late_frames = 0
@@ -274,10 +277,18 @@ class SimWorker:
         """Something has arrived. A worker that sleeps wakes up; one that computes sees it after its step."""
         if self._ended:
             return
-        self._inbox.post(item)
+        self._arrived.append(item)
+        self._read()
         if self._asleep:
             self._asleep = False
             self._schedule(0.0)
+
+    def _read(self) -> None:
+        """Take in what has arrived, in order, as far as there is room for it."""
+        with contextlib.suppress(Overloaded):
+            while self._arrived:
+                self._inbox.post(self._arrived[0])
+                self._arrived.popleft()
 
     def send(self, message: RouterMessage) -> None:
         """A message of the router's sets out for here."""
@@ -331,6 +342,7 @@ class SimWorker:
         if self._ended:
             return
         self.clock.ahead, self._asleep = 0.0, False
+        self._read()
         computed = self.loop.step()
         cost, self.clock.ahead = self.clock.ahead, 0.0
         self._schedule(cost if computed else IDLE_S)

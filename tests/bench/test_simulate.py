@@ -12,6 +12,7 @@ from baton.bench.report import Quantiles
 from baton.bench.simulate import Shape, Simulated, simulate
 from baton.bench.virtual import Costs, World, next_token
 from baton.bench.workload import Job, Words, poisson, random_jobs
+from baton.engine.mailbox import MAX_UNREAD
 
 
 def traffic(count: int, rate: float, output_len: int = 32) -> list[Job]:
@@ -113,3 +114,8 @@ def test_quantiles_of_a_run_grow_with_load():
 def test_it_needs_no_torch():
     code = "import sys, baton.bench.simulate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_more_requests_at_once_than_an_inbox_holds_all_come_through() -> None:
+    jobs = [Job(0.0, tuple(range(1, 17)), 4) for _ in range(2 * MAX_UNREAD)]
+    assert_all_well(jobs, simulate(jobs, Shape(prefill=1, decode=1), limit_s=1000))
