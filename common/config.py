@@ -68,8 +68,9 @@ class HandoverConfig:
     frame_bytes: int = 8 << 20
     """Payload of one data frame at most: large, because each frame costs some 100 µs of Python beside its bytes."""
     window_frames: int = 3
-    """Credits: at most so many times `frame_bytes` are in flight from one source's rank to one target's. Enough that neither end waits; few enough
-    that the target finds in a cache that both ends share what the source has just hashed."""
+    """Credits: at most so many times `frame_bytes` are in flight from one source's rank to one target's.
+    Enough that neither end waits; few enough that the target finds in a cache that both ends share what the source has
+    just hashed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
