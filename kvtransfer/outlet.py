@@ -2,8 +2,8 @@
 
 The engine loop only puts things into queues; a lane's thread cuts, reads and sends. At most `window_frames` times
 `frame_bytes` of a lane are under way without their credit, in smaller frames where its transport wants them: that
-bounds memory on both sides and shares a target fairly among its sources. Control messages have a way of their own, so
-that a cancel overtakes the bulk.
+bounds memory on both sides and shares a target fairly among its sources. Control messages have a way of
+their own, so that a cancel overtakes the bulk.
 """
 
 from __future__ import annotations

@@ -95,12 +95,13 @@ def test_a_reservation_ends_with_its_deadline_though_its_source_renews_for_ever(
 def test_extra_room_for_one_that_runs_already_is_no_reason_to_refuse_it() -> None:
     """One that was drawn for and is tried again through prefill needs no more room than others."""
     blocks = -(-(96 + 2) // BLOCK_SIZE)
-    bench = Bench(Role.DECODE, blocks, headroom_tokens=2)
-    what = request("r", range(96), 40, prompt_len=90)
-    bench.inbox.post(FromSource(SOURCE, Reserve(1, 1, 1, "router", what, TARGET.ref)))
+    bench = Bench(Role.DECODE, blocks + 1, headroom_tokens=2)
+    other, what = request("other", [7], 9), request("r", range(96), 40, prompt_len=90)
+    bench.inbox.post(FromSource(SOURCE, Reserve(1, 1, 1, "router", other, TARGET.ref)))
+    bench.inbox.post(FromSource(SOURCE, Reserve(2, 2, 1, "router", what, TARGET.ref)))
     bench.loop.step()
-    assert bench.said[-1].to_sources == [(SOURCE.ref, Reserved(1, 0, "tcp"))]
-    assert bench.loop.load().reserved_blocks == blocks
+    assert bench.said[-1].to_sources == [(SOURCE.ref, Reserved(1, 0, "tcp")), (SOURCE.ref, Reserved(2, 0, "tcp"))]
+    assert bench.loop.load().reserved_blocks == 1 + blocks
 
 
 @pytest.mark.parametrize(("length", "headroom"), [(20, 2), (96, 6)])
