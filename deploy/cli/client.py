@@ -122,7 +122,9 @@ class AdminClient:
         try:
             answer = self._http.request(method, path, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NoCluster(f"no answer from {self.place.url}: {error or type(error).__name__}") from error
+            lives = self.place.pid and not self.place.dead
+            more = "; the cluster runs, and starts a controller that died again: try in a moment" if lives else ""
+            raise NoCluster(f"no answer from {self.place.url}: {error or type(error).__name__}{more}") from error
         if not answer.is_success:
             raise _refusal(answer)
         try:

@@ -24,7 +24,8 @@ def scale(
     """Change the sizes of pools, without losing a request.
 
     Workers turn from one role to the other where that gets closer; then some
-    are started, or let go. Asks before a pool shrinks.
+    are started, or let go; what was given up is tried again. Asks before a pool
+    shrinks.
 
     Example: baton scale prefill=3 decode=5
     """

@@ -16,6 +16,9 @@ from .reconcile import World, serving
 from .status import Decision
 
 KEPT_DECISIONS = 50
+PATIENCE_S = 60.0
+"""How long everything waits for workers that are not ready. One that loads for minutes, or finds no room, must not keep
+the others from changing their roles; only nothing more is started, and nothing let go, until it is ready."""
 
 
 class Autoscaler:
@@ -24,6 +27,7 @@ class Autoscaler:
     def __init__(self) -> None:
         self._memory = Memory()
         self._next = 0.0
+        self._late: tuple[tuple[str, ...], float] = (), 0.0
         self._lines: deque[tuple[float, planner.Decision]] = deque(maxlen=KEPT_DECISIONS)
         self.decisions = 0
 
@@ -36,8 +40,18 @@ class Autoscaler:
             return {}
         self._next = now + config.interval_s
         words = [world.words[name] for name in sorted(serving(desired, world))]
-        seen = observe(traffic, words, config, now, under_way(desired, world))
+        changing, late = under_way(desired, world), missing(desired, world)
+        if late != self._late[0]:
+            self._late = late, now
+        if late and not changing:
+            if now - self._late[1] <= PATIENCE_S:
+                changing = f"{late[0]} is not ready yet"
+            else:
+                config = replace(config, max_workers=0)
+        seen = observe(traffic, words, config, now, changing)
         decision, self._memory = planner.plan(seen, self._memory, config)
+        if late and not changing:
+            decision = replace(decision, why=f"{decision.why}; only turns, while {', '.join(late)} is not ready")
         sizes = fit(desired, decision.prefill - seen.prefill, decision.decode - seen.decode)
         if decision.changes and not sizes:
             decision = replace(decision, changes=False, why=f"{decision.why}; but min and max of the pools forbid it")
@@ -55,17 +69,19 @@ class Autoscaler:
 
 
 def under_way(desired: Desired, world: World) -> str:
-    """What is still changing, in words; empty: nothing. A worker that was given up changes no more."""
+    """What an operator or the planner has begun and is not over, in words; empty: nothing."""
     if desired.rollout is not None:
         return "a rollout is under way"
     if leaving := [a.name for a in desired.assignments if a.leaving]:
         return f"{', '.join(leaving)} is about to leave"
-    serve = serving(desired, world)
-    for assignment in desired.staying:
-        process = world.processes.get(assignment.name)
-        if assignment.name not in serve and (process is None or process.phase is not Phase.GIVEN_UP):
-            return f"{assignment.name} is not ready yet"
     return ""
+
+
+def missing(desired: Desired, world: World) -> tuple[str, ...]:
+    """Workers that are still to become ready. One that was given up is not."""
+    lost = {process.name for process in world.processes.values() if process.phase is Phase.GIVEN_UP}
+    here = serving(desired, world) | lost
+    return tuple(a.name for a in desired.staying if a.name not in here)
 
 
 def fit(desired: Desired, prefill: int, decode: int) -> dict[str, int]:

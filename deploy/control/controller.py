@@ -36,7 +36,7 @@ from .autoscale import Autoscaler
 from .desired import Desired, anew, drain, gone, load, save, scale, untangle
 from .events import Events, changes
 from .members import Gateways, GatewayStream
-from .reconcile import Action, Forget, TurnWorker, World, members, reconcile, serving
+from .reconcile import Action, Forget, TurnWorker, World, members, reconcile, serving, worker_order
 from .reports import LIVES, Reports
 from .revise import revise
 from .status import ClusterStatus
@@ -187,7 +187,7 @@ class Controller:
             sizes = self.autoscaler.step(self.desired, world, self.gateways.traffic(), now)
             if sizes:
                 self.events.add(f"autoscale: {self.autoscaler.why(now)[-1].text}")
-                await self.scale(sizes)
+                await self._resize(sizes)
         except BatonError as error:
             self._complain("round", str(error))
 
@@ -262,7 +262,19 @@ class Controller:
     # --- what operators ask for ---------------------------------------------------------------------------------------
 
     async def scale(self, counts: Mapping[str, int]) -> tuple[str, ...]:
-        """See `desired.scale`. Returns the steps in words."""
+        """See `desired.scale`; what was given up in these pools is tried again. Returns the steps in words."""
+        steps = await self._resize(counts)
+        processes = self.world().processes
+        for worker in self.desired.staying:
+            process = processes.get(worker.name)
+            if worker.pool in counts and process is not None and process.phase is Phase.GIVEN_UP:
+                await self._parent.launch(worker_order(worker))
+                steps = (*steps, f"start {worker.name} again")
+        for step in steps:
+            self.events.add(f"scale: {step}")
+        return steps
+
+    async def _resize(self, counts: Mapping[str, int]) -> tuple[str, ...]:
         steps: tuple[str, ...] = ()
 
         def change(desired: Desired) -> Desired:
@@ -273,8 +285,6 @@ class Controller:
             return desired
 
         await self._edit(change)
-        for step in steps:
-            self.events.add(f"scale: {step}")
         return steps
 
     async def drain(self, worker: str, now: bool) -> None:

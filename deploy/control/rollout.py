@@ -34,12 +34,17 @@ def begin(desired: Desired, pools: tuple[Pool, ...]) -> Desired:
 
 
 def abort(desired: Desired) -> Desired:
-    """The new workers will not do: return to what was before. Does nothing if that is under way already."""
+    """The new workers will not do: return to what was before. Old workers that were about to leave stay, as many as the
+    pools had. Does nothing if that is under way already."""
     rollout = desired.rollout
     if rollout is None or rollout.back:
         return desired
     back = replace(rollout, previous=desired.pools, previous_revision=desired.revision, back=True)
-    return replace(desired, pools=rollout.previous, revision=rollout.previous_revision, rollout=back)
+    desired = replace(desired, pools=rollout.previous, revision=rollout.previous_revision, rollout=back)
+    for worker in desired.assignments:
+        if worker.leaving and worker.revision == desired.revision and _missing(desired, worker.pool) > 0:
+            desired = desired.edit(worker.name, leaving=Leaving.NO)
+    return desired
 
 
 def advance(desired: Desired, ready: Set[str], lost: Set[str] = frozenset()) -> Desired:
@@ -48,14 +53,16 @@ def advance(desired: Desired, ready: Set[str], lost: Set[str] = frozenset()) -> 
     rollout = desired.rollout
     if rollout is None:
         return desired
-    if rollout.back:  # what failed goes at once where it serves nobody
+    if rollout.back:  # what failed is replaced at once where it serves nobody
         for worker in _outdated(desired):
             if worker.name not in ready:
                 desired = desired.edit(worker.name, leaving=Leaving.MOVE)
+                if _missing(desired, worker.pool) > 0:
+                    desired = add(desired, desired.pool(worker.pool))
         ready = ready | lost  # nobody waits for an old one that cannot be kept running, new ones or not
     if waits_for(desired, ready):
         return desired
-    fronts = [_Front.of(desired, *size) for size in rollout.sizes]
+    fronts = [_Front.of(desired, pool) for pool, _ in rollout.sizes]
     if all(front.over for front in fronts):
         return replace(desired, rollout=None)
     last = all(front.at_last for front in fronts)
@@ -111,10 +118,10 @@ class _Front:
     going: bool
 
     @classmethod
-    def of(cls, desired: Desired, pool: str, size: int) -> _Front:
+    def of(cls, desired: Desired, pool: str) -> _Front:
         return cls(
             pool=pool,
-            missing=size - sum(a.pool == pool for a in _current(desired)),
+            missing=_missing(desired, pool),
             old=tuple(a for a in _outdated(desired) if a.pool == pool),
             going=any(a.pool == pool and a.leaving and a.revision != desired.revision for a in desired.assignments),
         )
@@ -135,6 +142,12 @@ class _Front:
         if self.old and (last or len(self.old) > 1):
             return desired.edit(self.old[0].name, leaving=Leaving.FINISH)
         return desired
+
+
+def _missing(desired: Desired, pool: str) -> int:
+    """Workers of the revision under way that are still to come; less than 0: there are more than the pool had."""
+    assert desired.rollout is not None
+    return dict(desired.rollout.sizes)[pool] - sum(a.pool == pool for a in _current(desired))
 
 
 def _current(desired: Desired) -> list[Assignment]:

@@ -48,6 +48,8 @@ def _worker_row(
     detail = word.detail if word is not None else ""
     if process.phase in _STATES:
         state, detail = _STATES[process.phase], _why(process)
+        if process.phase is Phase.GIVEN_UP:
+            detail += f"; to try again: baton scale {assignment.pool}={desired.size(assignment.pool)}"
     elif word is not None and reports.silence(process, process.age_s) > QUIET_S:
         state = "silent"
     elif state == "ready" and not may and (assignment.leaving or (word is not None and word.role != role)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections import deque
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from .launcher import Launcher, Process, Spec
 
 KILL_TIMEOUT_S = 5.0
 """How long the kernel may take to end a process that was sent SIGKILL."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +105,12 @@ class Supervisor:
     async def _run(self) -> None:
         while not self._stopping.is_set():
             began = self._clock.now()
-            code, why, lines = await self._live()
+            try:
+                code, why, lines = await self._live()
+            except Exception as error:  # the edge of a launcher: what breaks there is a death, and not the end of this
+                log.exception("the launcher of %s broke", self.spec.name)
+                code, why, lines = EXIT_FAILED, f"its launcher broke: {error!r}", ()
+                self._let_go()
             if self._stopping.is_set():
                 return
             now = self._clock.now()
@@ -127,6 +136,12 @@ class Supervisor:
         code = await process.wait()
         self._process = None
         return code, _describe(code), tuple(process.last_lines)
+
+    def _let_go(self) -> None:
+        """Nothing is known of the process any more."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
 
 
 def _describe(code: int) -> str:

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from baton.common.cluster import Phase, ProcessStatus, WorkerState, WorkerStatus
 from baton.common.types import Role
 from baton.deploy.control import autoscale, planner
+from baton.deploy.control.observation import Observation
 from baton.deploy.control.planner import AutoscaleConfig
 from baton.deploy.control.reconcile import World
 from tests.deploy.pools import desired, pool
@@ -65,3 +67,28 @@ def test_what_limits_forbid_is_said_and_does_not_count_as_a_change(monkeypatch: 
     assert scaler.step(wanted, World(processes={}, words={}), {}, now=10.0) == {}
     assert scaler.decisions == 0
     assert scaler.why(10.0)[-1].text == f"{decision.why}; but min and max of the pools forbid it"
+
+
+def test_a_worker_that_finds_no_room_keeps_the_others_from_turning_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def plan(
+        seen: Observation, memory: planner.Memory, config: AutoscaleConfig
+    ) -> tuple[planner.Decision, planner.Memory]:
+        asked.append((seen.changing, config.max_workers))
+        return planner.Decision(1, 1, "stay"), memory
+
+    monkeypatch.setattr(planner, "plan", plan)
+    wanted = replace(desired(), autoscale=AutoscaleConfig(enabled=True, max_workers=8))
+    processes = {n: ProcessStatus(n, Phase.RUNNING, pid=1) for n in ("prefill-0", "decode-0")}
+    words = {n: WorkerStatus(n, n[:-2], WorkerState.READY) for n in processes}
+    up, waits = (
+        World(processes=processes, words=words),
+        World(processes=processes, words={"decode-0": words["decode-0"]}),
+    )
+    scaler = autoscale.Autoscaler()
+    for world, now in ((up, 10.0), (waits, 20.0), (waits, 20.0 + autoscale.PATIENCE_S + 1), (up, 99.0)):
+        scaler.step(wanted, world, {}, now)
+    assert asked == [("", 8), ("prefill-0 is not ready yet", 8), ("", 0), ("", 8)]

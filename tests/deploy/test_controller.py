@@ -171,6 +171,19 @@ async def test_the_way_back_does_not_wait_for_a_worker_that_was_lost_before() ->
         await controller.scale({"decode": 1})
 
 
+async def test_scaling_tries_again_what_was_given_up() -> None:
+    rig = Rig(Household(desired({P: 1, D: 2})))
+    async with rig.controller() as controller:
+        await rig.up(controller)
+        rig.house.change("decode-1", phase=Phase.GIVEN_UP, why="exit code 1", pid=0)
+        await until(lambda: controller.status().workers[2].state == "failed")
+        assert controller.status().workers[2].detail == "exit code 1; to try again: baton scale decode=2"
+        assert await controller.scale({"prefill": 1}) == ()
+        assert await controller.scale({"decode": 2}) == ("start decode-1 again",)
+        await rig.report(controller)
+        await until(lambda: controller.status().workers[2].state == "ready")
+
+
 async def test_when_the_parent_ends_everything_nothing_is_said_of_it() -> None:
     rig = Rig(Household(desired()))
     async with rig.controller() as controller:

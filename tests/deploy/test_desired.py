@@ -178,6 +178,24 @@ def test_a_rollout_that_fails_returns_to_what_was() -> None:
     assert wanted == before
 
 
+def test_on_the_way_back_old_workers_that_were_about_to_leave_stay() -> None:
+    before = desired({P: 1, D: 1})
+    wanted = rollout.advance(changed(before), everybody(before))
+    wanted = rollout.advance(wanted, everybody(wanted))
+    assert set(leaving(wanted)) == everybody(before)
+    wanted = rollout.abort(wanted)
+    assert not leaving(wanted)
+    assert settle(rollout.advance(wanted, everybody(before))).assignments == before.assignments
+
+
+def test_on_the_way_back_a_new_worker_that_fails_is_replaced_by_an_old_one_at_once() -> None:
+    before = desired({P: 1, D: 1})
+    wanted = rollout.advance(changed(before), everybody(before))
+    wanted = rollout.abort(settle(rollout.advance(wanted, everybody(wanted))))
+    wanted = rollout.advance(wanted, {"prefill-1"})
+    assert [(a.name, a.revision) for a in wanted.staying] == [("prefill-1", 2), ("decode-0", 1)]
+
+
 def test_a_rollout_that_finds_no_way_back_may_be_replaced_by_another() -> None:
     wanted = rollout.abort(rollout.advance(changed(desired({P: 1, D: 2})), everybody(desired({P: 1, D: 2}))))
     wanted = rollout.advance(wanted.edit("decode-0", leaving=Leaving.FINISH), set())

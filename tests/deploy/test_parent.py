@@ -210,7 +210,7 @@ async def test_once_it_serves_a_lost_worker_is_shown_and_the_last_lost_gateway_i
     life.stage.live["decode-0"].end(1)
     await life.until_states(prefill_0="ready", decode_0="failed")
     (row,) = (w for w in (await life.admin.get("/v1/status")).json()["workers"] if w["name"] == "decode-0")
-    assert row["detail"] == "exit code 1: decode-0 says goodbye"
+    assert row["detail"] == "exit code 1: decode-0 says goodbye; to try again: baton scale decode=1"
     assert not life.task.done()
     life.stage.live["gateway-0"].end(1)
     with pytest.raises(BatonError, match="gateway-0 cannot be kept running"):

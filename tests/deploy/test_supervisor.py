@@ -187,3 +187,27 @@ async def test_stopping_does_not_wait_for_a_start() -> None:
     async with asyncio.timeout(10):
         await supervisor.stop(3600.0, asyncio.Event())
     assert cleaned.is_set() and stage.heard == []
+
+
+async def test_a_launcher_that_breaks_does_not_end_the_supervision() -> None:
+    stage, real = Stage(), Stage.start
+
+    async def start(spec: Spec) -> Pretended:
+        if not stage.processes:
+            process = await real(stage, spec)
+            process.exit.set_exception(KeyError("state"))
+            return process
+        if len(stage.heard) == 2:
+            raise RuntimeError("no answer")
+        return await real(stage, spec)
+
+    stage.start = start  # type: ignore[method-assign]
+    supervisor = Supervisor(SPEC, stage, stage, AT_ONCE, ManualClock())
+    supervisor.start()
+    await stage.until("started 101")
+    assert stage.heard[1:3] == [
+        "ended its launcher broke: KeyError('state')",
+        "ended its launcher broke: RuntimeError('no answer')",
+    ]
+    assert stage.processes[0].signals == ["KILL"], "nothing is known of it any more"
+    await supervisor.stop(10.0, asyncio.Event())

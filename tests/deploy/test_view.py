@@ -87,10 +87,12 @@ async def test_one_that_has_not_reported_for_a_while_is_silent() -> None:
 async def test_what_the_parent_knows_of_a_dead_one_is_shown() -> None:
     scene = Scene(desired())
     dead = replace(scene.processes["decode-0"], pid=0, why="exit code 1", restarts=2)
-    for phase, state in ((Phase.WAITING, "waiting"), (Phase.GIVEN_UP, "failed"), (Phase.STARTING, "starting")):
+    again = "; to try again: baton scale decode=1"
+    states = ((Phase.WAITING, "waiting", ""), (Phase.GIVEN_UP, "failed", again), (Phase.STARTING, "starting", ""))
+    for phase, state, more in states:
         scene.processes["decode-0"] = replace(dead, phase=phase, last_lines=("no memory",))
         row = scene.row("decode-0")
-        assert (row.state, row.detail, row.restarts) == (state, "exit code 1: no memory", 2)
+        assert (row.state, row.detail, row.restarts) == (state, f"exit code 1: no memory{more}", 2)
 
 
 async def test_who_waits_for_another_one_to_be_ready_says_so() -> None:
