@@ -292,7 +292,7 @@ async def test_closing_ends_the_membership(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_what_happened_to_a_request_can_be_asked_while_it_runs_and_after() -> None:
-    workers = [FakeWorker("p", Role.PREFILL), FakeWorker("d", Role.DECODE, step_s=0.01)]
+    workers = [FakeWorker("p", Role.PREFILL), FakeWorker("d", Role.DECODE, step_s=0.1)]  # p is heard first
     async with routed(*workers) as router:
         assert router.trace("") is None
         stream = router.submit(request([1, 2, 3], 1000, name="long"))
