@@ -51,7 +51,7 @@ def _absurd(**changes: object) -> bytes:
 )
 async def test_a_control_stream_begins_with_a_hello_that_makes_sense(scene: Scene, first: bytes) -> None:
     peer = rpc.Peer(scene.worker.ref.address, "secret")
-    stream = peer._stream(rpc.CONTROL, RAW, RAW)
+    stream = peer.stream(rpc.CONTROL, RAW, RAW)
     await stream.write(first)
     with pytest.raises(InvalidRequest):
         await asyncio.wait_for(stream.read(), WAIT_S)

@@ -40,7 +40,7 @@ class Target:
         self._answer = answer
         self._own = own
         self._listener = Listener("127.0.0.1", 0, "secret", lane, "evil")
-        self._server = rpc.make_server("secret", {rpc.CONTROL: rpc._stream_handler(self._control, RAW, RAW)})
+        self._server = rpc.make_server("secret", {rpc.CONTROL: rpc.stream_handler(self._control, RAW, RAW)})
         self.ref = WorkerRef("evil", rpc.listen(self._server, "127.0.0.1", 0), 66)
 
     async def __aenter__(self) -> Target:
