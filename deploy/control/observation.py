@@ -11,7 +11,6 @@ from ...common.cluster import Traffic, WorkerState, WorkerStatus
 from ...common.messages import Load
 from ...common.types import Role
 
-
 RECENT_S = 4.0
 
 

@@ -92,8 +92,8 @@ def departing(desired: Desired, world: World) -> frozenset[str]:
 
 
 def members(desired: Desired, world: World) -> tuple[WorkerStatus, ...]:
-    """The workers as gateways shall see them: what each says of itself, but that one which is about to leave or to turn,
-    or is being ended, takes nothing new. Without loads, which change all the time."""
+    """The workers as gateways shall see them: what each says of itself, but that one which is about to leave or to
+    turn, or is being ended, takes nothing new. Without loads, which change all the time."""
     depart = departing(desired, world)
     rows = []
     for assignment in desired.assignments:

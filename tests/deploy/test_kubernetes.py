@@ -1,4 +1,4 @@
-"""The manifests: valid by Kubernetes' own schemas, and by the documented fields where no schema is packaged (KubeRay)."""
+"""The manifests: valid by Kubernetes' own schemas, and by the documented fields where none is packaged (KubeRay)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((FOLDER / "baton.yaml"
 VERSIONS = ("1.29", "1.37")
 
 # KubeRay's reference of ray.io/v1.
-RAY_CLUSTER = set(
-    "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec headServiceAnnotations "
-    "managedBy rayVersion suspend upgradeStrategy workerGroupSpecs".split()
-)
-HEAD = set("enableIngress headService labels rayStartParams resources serviceType template".split())
-GROUP = set(
-    "groupName idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts rayStartParams replicas resources "
-    "scaleStrategy suspend template".split()
-)
-AUTOSCALER = set(
-    "env envFrom idleTimeoutSeconds image imagePullPolicy resources securityContext upscalingMode version "
-    "volumeMounts".split()
-)
+RAY_CLUSTER = frozenset({
+    "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec",
+    "headServiceAnnotations", "managedBy", "rayVersion", "suspend", "upgradeStrategy", "workerGroupSpecs",
+})  # fmt: skip
+HEAD = frozenset({
+    "enableIngress", "headService", "labels", "rayStartParams", "resources", "serviceType", "template",
+})  # fmt: skip
+GROUP = frozenset({
+    "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams",
+    "replicas", "resources", "scaleStrategy", "suspend", "template",
+})  # fmt: skip
+AUTOSCALER = frozenset({
+    "env", "envFrom", "idleTimeoutSeconds", "image", "imagePullPolicy", "resources", "securityContext",
+    "upscalingMode", "version", "volumeMounts",
+})  # fmt: skip
 
 
 def only(kind: str, name: str = "baton") -> dict[str, Any]:
