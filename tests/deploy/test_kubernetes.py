@@ -1,4 +1,4 @@
-"""The manifests: valid by Kubernetes' own schemas, and by the documented fields where there is no schema (KubeRay)."""
+"""The manifests: valid by Kubernetes' own schemas, and by the documented fields where none is packaged (KubeRay)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((FOLDER / "baton.yaml").read_text()))
 VERSIONS = ("1.29", "1.37")
 
-
-def _fields(names: str) -> set[str]:
-    return set(names.split())
-
-
 # KubeRay's reference of ray.io/v1.
-RAY_CLUSTER = _fields(
-    "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec "
-    "headServiceAnnotations managedBy rayVersion suspend upgradeStrategy workerGroupSpecs"
-)
-HEAD = _fields("enableIngress headService labels rayStartParams resources serviceType template")
-GROUP = _fields(
-    "groupName idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts rayStartParams replicas resources "
-    "scaleStrategy suspend template"
-)
-AUTOSCALER = _fields(
-    "env envFrom idleTimeoutSeconds image imagePullPolicy resources securityContext upscalingMode version volumeMounts"
-)
+RAY_CLUSTER = frozenset({
+    "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec",
+    "headServiceAnnotations", "managedBy", "rayVersion", "suspend", "upgradeStrategy", "workerGroupSpecs",
+})  # fmt: skip
+HEAD = frozenset({
+    "enableIngress", "headService", "labels", "rayStartParams", "resources", "serviceType", "template",
+})  # fmt: skip
+GROUP = frozenset({
+    "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams",
+    "replicas", "resources", "scaleStrategy", "suspend", "template",
+})  # fmt: skip
+AUTOSCALER = frozenset({
+    "env", "envFrom", "idleTimeoutSeconds", "image", "imagePullPolicy", "resources", "securityContext",
+    "upscalingMode", "version", "volumeMounts",
+})  # fmt: skip
 
 
 def only(kind: str, name: str = "baton") -> dict[str, Any]:

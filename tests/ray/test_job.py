@@ -46,10 +46,17 @@ class Job:
 
     def run(self, begin: str, *more: str) -> str:
         """What the documented command that begins so prints."""
-        command, env = [*documented(begin), *more], environment(self.folder)
+        return self._do([*documented(begin), *more])
+
+    def _do(self, command: list[str]) -> str:
+        env = environment(self.folder)
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
         assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def operate(self, *words: str) -> str:
+        """What an operator's command prints, which nobody is asked about."""
+        return self._do(["baton", *words, "--yes"])
 
     def workers(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.run("baton status", "--json"))["workers"]
@@ -143,6 +150,35 @@ async def test_requests_survive_a_node_and_its_workers_come_back_on_the_other(
     async with asyncio.timeout(BACK_TIMEOUT_S):
         while nodes_of(await asyncio.to_thread(job.workers)) != {("prefill", "first"): 2, ("decode", "first"): 2}:
             await asyncio.sleep(0.5)
+
+
+async def test_pools_turn_scale_drain_and_roll_out_under_load(
+    job: Job, client: httpx.AsyncClient, judge: Judge
+) -> None:
+    """As on one machine (`tests/e2e/test_operations.py`), by the operators' commands."""
+    answers: list[tuple[str, list[int]]] = []
+    over = asyncio.Event()
+
+    async def stream(prompt: str) -> None:
+        while not over.is_set():
+            tokens: list[int] = []
+            await ask(client, prompt, tokens)
+            answers.append((prompt, tokens))
+
+    streams = [asyncio.create_task(stream(prompt)) for prompt in PROMPTS * 2]
+    operations = (
+        ("scale", "prefill=1", "decode=3"),
+        ("scale", "prefill=2", "decode=2"),
+        ("drain", "decode-0", "--now"),
+        ("scale", "decode=2"),
+        ("rollout", "--set", "engine.max_running=20"),
+    )
+    for operation in operations:
+        print(operation, await asyncio.to_thread(job.operate, *operation))
+    over.set()
+    await asyncio.gather(*streams)
+    assert all(row["state"] == "ready" and row["revision"] == 2 for row in job.workers())
+    judge.check([(judge.encode(prompt), tuple(tokens)) for prompt, tokens in answers])
 
 
 async def test_stopping_finishes_what_runs_and_leaves_no_process_and_no_placement_group(
