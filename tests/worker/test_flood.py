@@ -61,6 +61,6 @@ async def test_who_waits_too_long_loses_its_line(scene: Scene, monkeypatch: pyte
             flood = asyncio.create_task(say_too_much(control))
             with pytest.raises((Overloaded, WorkerLost)):  # the latter where a write of our own meets the end first
                 await control.hear()
-            await scene.soon(lambda: not scene.worker._sources._lines)
+            await scene.soon(lambda: EVIL.ref not in scene.worker._sources._lines)
         with pytest.raises(BatonError):
             await flood
