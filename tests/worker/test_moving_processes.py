@@ -42,7 +42,7 @@ async def _move(point: str, number: int, transport: str) -> None:
         await until(leaves, lambda report: report.sequences == RUNNING)
         _ = await made.admit() if point in TARGET else await made.healthy("decode-1", Role.DECODE)
         await made.ready(3)
-        made.fleet.add(leaves, "draining")
+        made.fleet.add(leaves, "leaving")
         await made.process.struck()
         await made.healthy("decode-2", Role.DECODE)
         await _end(made, running)
