@@ -45,11 +45,15 @@ class Story:
         self._marks.append(Mark("queued", worker, now, reason))
 
     def prefills(self, cached_tokens: int, now: float) -> None:
-        """The worker that it is queued at begins to compute it. Said again, as after a preemption, it is no news."""
+        """The worker that it is queued at begins to compute it. Said again, as after a preemption, it is no news. The
+        first token, which comes from another worker, may have come before this word."""
+        late = self._late_word()
         last = self._marks[-1]
         if last.what == "queued":
             note = f"{cached_tokens} tokens cached" if cached_tokens else ""
-            self._marks.append(Mark("prefill", last.worker, now, note))
+            self._marks.append(Mark("prefill", last.worker, min(now, late.at) if late else now, note))
+        if late:
+            self._marks.append(late)
 
     def decodes(self, worker: str, now: float, note: str = "") -> None:
         """Tokens come from this worker from now on."""
@@ -58,13 +62,17 @@ class Story:
     def handed_over(self, target: str, exposed_s: float, now: float) -> None:
         """The prefill worker says that `target` has it, `exposed_s` after all was computed. The first token, which
         comes from the target, may have come before this word of the source."""
-        late = self._marks.pop() if len(self._marks) > 1 and self._marks[-1].what == "decode" else None
+        late = self._late_word()
         last = self._marks[-1]
         if last.what == "prefill":
             begin = max(last.at, now - exposed_s)
             self._marks.append(Mark("handover", last.worker, min(begin, late.at) if late else begin, f"to {target}"))
         if late:
             self._marks.append(late)
+
+    def _late_word(self) -> Mark | None:
+        """The last mark, if it is of tokens: taken out, for what is told now came before it."""
+        return self._marks.pop() if len(self._marks) > 1 and self._marks[-1].what == "decode" else None
 
     def fails(self, worker: str, code: str, now: float) -> None:
         """An attempt is over; `worker` is whom it is laid to."""

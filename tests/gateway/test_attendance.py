@@ -110,7 +110,7 @@ async def test_a_controller_that_dies_and_comes_back_is_attended_again(caplog: p
         await asyncio.sleep(0.2)
         async with controlled(controller, port=port):
             await until(lambda: len(heard) == 2)
-    assert len([record for record in caplog.records if "no controller" in record.message]) == 2  # once an absence
+            assert len([r for r in caplog.records if "no controller" in r.message]) == 2  # once an absence
 
 
 async def test_a_controller_that_takes_no_message_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,7 +292,7 @@ async def test_closing_ends_the_membership(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_what_happened_to_a_request_can_be_asked_while_it_runs_and_after() -> None:
-    workers = [FakeWorker("p", Role.PREFILL), FakeWorker("d", Role.DECODE, step_s=0.1)]  # p is heard first
+    workers = [FakeWorker("p", Role.PREFILL), FakeWorker("d", Role.DECODE, step_s=0.1)]
     async with routed(*workers) as router:
         assert router.trace("") is None
         stream = router.submit(request([1, 2, 3], 1000, name="long"))
@@ -300,6 +300,8 @@ async def test_what_happened_to_a_request_can_be_asked_while_it_runs_and_after()
         running, ended = router.trace("long"), router.trace("short")
         assert running is not None and running.outcome == "" and running.spans[-1].end is None
         assert ended is not None and (ended.outcome, ended.gateway, ended.output_tokens) == ("length", "router", 3)
+        await until(lambda: any(span.what == "prefill" for span in router.trace("short").spans))  # p may be heard last
+        ended = router.trace("short")
         assert [(span.what, span.worker) for span in ended.spans if span.what != "handover"] == [
             ("waiting", ""), ("queued", "p"), ("prefill", "p"), ("decode", "d"),
         ]  # fmt: skip

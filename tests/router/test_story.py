@@ -190,3 +190,14 @@ def test_outcomes() -> None:
     traces = Traces("gateway-0", ())
     traces.ended(state, driver.now)
     assert (found := traces.find("r", driver.now)) is not None and found.outcome == "deadline_exceeded"
+
+
+def test_a_word_of_prefill_that_comes_after_the_first_token_still_comes_before_it() -> None:
+    story = Story()
+    story.waits(0.0)
+    story.placed("p", "cold", 1.0)
+    story.decodes("d", 2.0)
+    story.prefills(0, 2.5)
+    assert [(s.what, s.worker, s.begin) for s in story.spans(0.0, 3.0)] == [
+        ("waiting", "", 0.0), ("queued", "p", 1.0), ("prefill", "p", 2.0), ("decode", "d", 2.0),
+    ]  # fmt: skip
