@@ -18,13 +18,13 @@ CHUNK = 64
 """Of the pair and of the colocated worker: longer prompts are computed in pieces."""
 
 
-def check(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
+def check(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer], length: int = OUTPUT) -> None:
     """All complete, the prompt as the reference's tokenizer has it, every token its choice."""
     pairs = [(judge.encode(prompt), tuple(answer.tokens)) for prompt, answer in zip(prompts, answers, strict=True)]
     for (prompt, output), answer in zip(pairs, answers, strict=True):
-        assert len(output) == OUTPUT
+        assert len(output) == length
         assert answer.finish_reason == "length"
-        assert (answer.usage["prompt_tokens"], answer.usage["completion_tokens"]) == (len(prompt), OUTPUT)
+        assert (answer.usage["prompt_tokens"], answer.usage["completion_tokens"]) == (len(prompt), length)
     judge.check(pairs)
 
 

@@ -177,6 +177,19 @@ async def test_a_start_that_waits_gets_the_room_that_another_leaves(launcher: Ra
     await code_of(second)
 
 
+def test_a_killed_driver_leaves_nothing(nodes: Nodes) -> None:
+    code = [sys.executable, "-c", DRIVER]
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    with subprocess.Popen(code, env=env, stdout=subprocess.PIPE, text=True, cwd="/") as driver:
+        assert driver.stdout is not None
+        pid = next(int(line.split()[1]) for line in driver.stdout if line.startswith("pid"))
+        child = psutil.Process(pid)
+        assert groups() == ["orphan-0"]
+        driver.kill()
+    eventually(lambda: ended(child), "the worker is gone")
+    eventually(lambda: not groups() and not actors(), "nothing is held")
+
+
 async def test_when_a_node_dies_its_worker_is_lost_soon_and_the_next_start_goes_elsewhere(
     nodes: Nodes, launcher: RayLauncher
 ) -> None:
@@ -193,16 +206,3 @@ async def test_when_a_node_dies_its_worker_is_lost_soon_and_the_next_start_goes_
     for process in (here, again):
         process.kill()
         await code_of(process)
-
-
-def test_a_killed_driver_leaves_nothing(nodes: Nodes) -> None:
-    code = [sys.executable, "-c", DRIVER]
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    with subprocess.Popen(code, env=env, stdout=subprocess.PIPE, text=True, cwd="/") as driver:
-        assert driver.stdout is not None
-        pid = next(int(line.split()[1]) for line in driver.stdout if line.startswith("pid"))
-        child = psutil.Process(pid)
-        assert groups() == ["orphan-0"]
-        driver.kill()
-    eventually(lambda: ended(child), "the worker is gone")
-    eventually(lambda: not groups() and not actors(), "nothing is held")
