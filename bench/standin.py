@@ -35,7 +35,7 @@ from ..common.messages import (
     Started,
     StepReport,
     Submit,
-    TokenOut,
+    Tokens,
     Turn,
 )
 from ..common.types import FinishReason, Role, WorkerInfo, WorkerRef
@@ -129,11 +129,11 @@ class Standin:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
 
     def _step(self, answers: dict[int, _Answer], started: list[Started], now: float) -> StepReport:
-        tokens: list[TokenOut] = []
+        tokens = Tokens()
         finished: list[Finished] = []
         for answer in answers.values():
             word = self.words[answer.position % len(self.words)]
-            tokens.append(TokenOut(answer.ticket, answer.position, word))
+            tokens.add(answer.ticket, answer.position, word)
             answer.stamps.append(now)
             answer.position += 1
             answer.left -= 1
@@ -143,7 +143,7 @@ class Standin:
             del answers[end.ticket]
         begun = tuple(started)
         started.clear()
-        return StepReport(tuple(tokens), begun, (), tuple(finished), (), (), self._load(len(answers)))
+        return StepReport(tokens, begun, (), tuple(finished), (), (), self._load(len(answers)))
 
     def _load(self, running: int) -> Load:
         return Load(running=running, total_blocks=BLOCKS, free_blocks=BLOCKS)

@@ -8,8 +8,8 @@ used twice, so that what an abandoned attempt still says is recognised and dropp
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from .errors import HandoverFailed
 from .hashing import BlockHash
@@ -87,6 +87,41 @@ class TokenOut:
     position: int
     token: int
     logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Output tokens in columns, as they travel: a step of 256 requests makes no object for each of them on its way to
+    the router. Entry i of each column is token i; `logprobs` has those that were asked for, by index. Iterating makes
+    the `TokenOut`s."""
+
+    tickets: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokens: Iterable[TokenOut]) -> Tokens:
+        columns = cls()
+        for token in tokens:
+            columns.add(token.ticket, token.position, token.token, token.logprob)
+        return columns
+
+    def add(self, ticket: int, position: int, token: int, logprob: TokenLogprob | None = None) -> None:
+        if logprob is not None:
+            self.logprobs[len(self.tickets)] = logprob
+        self.tickets.append(ticket)
+        self.positions.append(position)
+        self.tokens.append(token)
+
+    def __len__(self) -> int:
+        return len(self.tickets)
+
+    def __iter__(self) -> Iterator[TokenOut]:
+        if not self.logprobs:
+            return map(TokenOut, self.tickets, self.positions, self.tokens)
+        logprobs = map(self.logprobs.get, range(len(self.tickets)))
+        return map(TokenOut, self.tickets, self.positions, self.tokens, logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +218,7 @@ class Load:
 class StepReport:
     """All that one engine step has to tell one router, in one message."""
 
-    tokens: tuple[TokenOut, ...] = ()
+    tokens: Tokens = field(default_factory=Tokens)
     started: tuple[Started, ...] = ()
     handed_over: tuple[HandedOver, ...] = ()
     finished: tuple[Finished, ...] = ()

@@ -30,7 +30,7 @@ from ..common.messages import (
     Stayed,
     StepReport,
     TargetMessage,
-    TokenOut,
+    Tokens,
     TransportBroken,
 )
 from ..common.types import FinishReason, TokenLogprob, WorkerRef
@@ -175,7 +175,7 @@ def _peer(item: FromRouter | FromSource | FromTarget) -> object:
 
 @dataclass(slots=True)
 class _Report:
-    tokens: list[TokenOut] = field(default_factory=list)
+    tokens: Tokens = field(default_factory=Tokens)
     started: list[Started] = field(default_factory=list)
     handed_over: list[HandedOver] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
@@ -209,7 +209,7 @@ class Outbox:
         return report
 
     def token(self, key: SequenceKey, position: int, token: int, logprob: TokenLogprob | None) -> None:
-        self._report(key[0]).tokens.append(TokenOut(key[1], position, token, logprob))
+        self._report(key[0]).tokens.add(key[1], position, token, logprob)
 
     def started(self, key: SequenceKey, cached_tokens: int) -> None:
         self._report(key[0]).started.append(Started(key[1], cached_tokens))
@@ -241,7 +241,7 @@ class Outbox:
             return None
         reports = {
             router: StepReport(
-                tuple(r.tokens),
+                r.tokens,
                 tuple(r.started),
                 tuple(r.handed_over),
                 tuple(r.finished),

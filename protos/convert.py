@@ -40,7 +40,7 @@ from ..common.messages import (
     StepReport,
     Submit,
     TargetMessage,
-    TokenOut,
+    Tokens,
     Turn,
 )
 from ..common.types import FinishReason, WorkerInfo
@@ -83,9 +83,9 @@ FromTarget = Endpoint | TargetMessage
 def _report_to_wire(report: StepReport) -> Any:
     tokens = report.tokens
     message = pb.StepReport(
-        tickets=[t.ticket for t in tokens],
-        positions=[t.position for t in tokens],
-        tokens=[t.token for t in tokens],
+        tickets=tokens.tickets,
+        positions=tokens.positions,
+        tokens=tokens.tokens,
         started=[pb.Event(ticket=e.ticket, cached_tokens=e.cached_tokens) for e in report.started],
         handed_over=[pb.Event(ticket=e.ticket, exposed_s=e.exposed_s) for e in report.handed_over],
         finished=[pb.Event(ticket=e.ticket, reason=e.reason.value) for e in report.finished],
@@ -93,24 +93,21 @@ def _report_to_wire(report: StepReport) -> Any:
         kv=[kv_to_wire(e) for e in report.kv],
         stayed=[pb.Event(ticket=e.ticket, code=e.code, message=e.message) for e in report.stayed],
     )
-    for index, token in enumerate(tokens):
-        if token.logprob is not None:
-            message.logprobs[index].CopyFrom(logprob_to_wire(token.logprob))
+    for index, logprob in tokens.logprobs.items():
+        message.logprobs[index].CopyFrom(logprob_to_wire(logprob))
     if report.load is not None:
         message.load.CopyFrom(load_to_wire(report.load))
     return message
 
 
-def _tokens_from_wire(message: Any) -> tuple[TokenOut, ...]:
-    tickets, positions, tokens, logprobs = message.tickets, message.positions, message.tokens, message.logprobs
+def _tokens_from_wire(message: Any) -> Tokens:
+    tickets, positions, tokens = list(message.tickets), list(message.positions), list(message.tokens)
     if not len(tickets) == len(positions) == len(tokens):
         raise InvalidRequest(f"step report: {len(tickets)} tickets, {len(positions)} positions, {len(tokens)} tokens")
-    if not logprobs:
-        return tuple(map(TokenOut, tickets, positions, tokens))
-    own = {index: logprob_from_wire(logprob) for index, logprob in logprobs.items()}
-    if max(own) >= len(tokens):
-        raise InvalidRequest(f"step report: a log-probability for token {max(own)} of {len(tokens)}")
-    return tuple(map(TokenOut, tickets, positions, tokens, map(own.get, range(len(tokens)))))
+    logprobs = {index: logprob_from_wire(logprob) for index, logprob in message.logprobs.items()}
+    if max(logprobs, default=-1) >= len(tokens):
+        raise InvalidRequest(f"step report: a log-probability for token {max(logprobs)} of {len(tokens)}")
+    return Tokens(tickets, positions, tokens, logprobs)
 
 
 def _report_from_wire(message: Any) -> StepReport:

@@ -29,6 +29,7 @@ from baton.common.messages import (
     StepReport,
     Submit,
     TokenOut,
+    Tokens,
     Turn,
 )
 from baton.common.types import FinishReason, Request, Role, WorkerInfo, WorkerRef
@@ -204,7 +205,7 @@ class FakeWorker:
             tokens = [self._next(router, running) for running in list(router.running.values())]
             events = {kind: tuple(found) for kind, found in router.events.items()}
             router.events = {}
-            await router.stream.write(StepReport(tokens=tuple(tokens), **events, load=self._load()))
+            await router.stream.write(StepReport(tokens=Tokens.of(tokens), **events, load=self._load()))
 
     def _next(self, router: _Router, running: Running) -> TokenOut:
         request = running.request

@@ -58,7 +58,7 @@ def several(part: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 report = st.builds(
     m.StepReport,
-    several(token),
+    several(token).map(m.Tokens.of),
     several(st.builds(m.Started, u64, u32)),
     several(st.builds(m.HandedOver, u64, number)),
     several(st.builds(m.Finished, u64, st.sampled_from(t.FinishReason))),
@@ -144,6 +144,13 @@ def test_round_trip(name: str) -> None:
         assert codec.decode(codec.encode(value)) == value
 
     check()
+
+
+def test_tokens_in_columns_are_the_tokens_that_were_put_in() -> None:
+    tokens = [m.TokenOut(1, 5, 7), m.TokenOut(2, 6, 8, t.TokenLogprob(-0.5, ((8, -0.5),))), m.TokenOut(1, 6, 9)]
+    assert list(m.Tokens.of(tokens)) == tokens
+    assert list(m.Tokens.of(tokens[::2])) == tokens[::2]
+    assert len(m.Tokens.of(tokens)) == 3 and not m.Tokens()
 
 
 @pytest.mark.parametrize("name", [name for name in MESSAGES if name != "RAW"])

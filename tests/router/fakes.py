@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from baton.common.config import RouterConfig
-from baton.common.messages import Cancel, KvEvents, Load, StepReport, Submit, TokenOut
+from baton.common.messages import Cancel, KvEvents, Load, StepReport, Submit, TokenOut, Tokens
 from baton.common.types import FinishReason, Request, Role, SamplingParams, WorkerInfo, WorkerRef
 from baton.router.core import RouterCore
 from baton.router.fleet import Worker
@@ -56,7 +56,7 @@ class Driver:
         self.drain()
 
     def tokens(self, worker_name: str, ticket: int, start: int, *tokens: int, **rest: Any) -> None:
-        out = tuple(TokenOut(ticket, start + i, token) for i, token in enumerate(tokens))
+        out = Tokens.of(TokenOut(ticket, start + i, token) for i, token in enumerate(tokens))
         self.report(worker_name, tokens=out, **rest)
 
     def submit(self, *args: Any, **kwargs: Any) -> RequestState:

@@ -23,6 +23,7 @@ from baton.common.messages import (
     Resync,
     Started,
     TokenOut,
+    Tokens,
 )
 from baton.common.types import Role, Timeline, Usage
 from baton.router import request as request_module
@@ -58,7 +59,7 @@ def test_news_names_each_request_once_for_each_drain(pair: Driver) -> None:
     tickets = [submit.ticket for _, submit in pair.submits()]
     assert len(set(tickets)) == 3
     pair.news.clear()
-    pair.report("d", tokens=tuple(TokenOut(t, 3 + i, 7) for i in range(2) for t in tickets))
+    pair.report("d", tokens=Tokens.of(TokenOut(t, 3 + i, 7) for i in range(2) for t in tickets))
     assert pair.news == states
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.common.errors import BatonError
-from baton.common.messages import Cancel, Failed, Finished, HandedOver, KvEvents, Started, StepReport, Submit, TokenOut
+from baton.common.messages import Cancel, Failed, Finished, HandedOver, KvEvents, Started, StepReport, Submit, Tokens
 from baton.common.types import FinishReason, Request, Role
 from baton.router.request import Finish, RequestState
 from tests.fake_worker import expected, oracle
@@ -114,7 +114,7 @@ class World:
 
     def decode(self, node: Node, ticket: int) -> None:
         req, position = node.decoding.pop(ticket)
-        out = (TokenOut(ticket, position, oracle(req.tokens[: req.prompt_len], position)),)
+        out = Tokens([ticket], [position], [oracle(req.tokens[: req.prompt_len], position)])
         if position + 1 - req.prompt_len >= req.params.max_tokens:
             self.say(node, StepReport(tokens=out, finished=(Finished(ticket, FinishReason.LENGTH),)))
         else:
