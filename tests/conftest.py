@@ -1,10 +1,16 @@
-"""For all tests: those that start the real processes are marked `e2e`, and get more time."""
+"""For all tests: those that start the real processes are marked `e2e`, and get more time; where there is no GPU, Triton
+interprets its kernels."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, which looks at this once
+    os.environ["TRITON_INTERPRET"] = "1"
 
 E2E = Path(__file__).parent / "e2e"
 E2E_TIMEOUT_S = 400

@@ -1,13 +1,6 @@
-"""Copying segments of device memory: plain torch against XXH3 itself, the kernels in Triton's interpreter, and what
-Triton makes of them for a device that is not here."""
+"""Copying segments of device memory: plain torch against XXH3 itself."""
 
 from __future__ import annotations
-
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +8,6 @@ import torch
 
 from baton.kernels import pack
 from tests.kernels.segments import memory, read, scattered, unsigned, xxh3
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("segments", "size"), [(2, 512), (1, 256), (2, 2560), (3, 100), (2, 7), (1, 1)])
@@ -65,41 +56,3 @@ def test_what_does_not_fit_together_is_refused() -> None:
     ):
         with pytest.raises(ValueError):
             pack.copy(*arguments)
-
-
-def test_the_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernels/interpreted.py"],
-        cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
-
-
-COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from baton.kernels import pack_kernels as kernels
-
-names = ("source", "source_at", "target", "target_at", "constants", "parts", "pieces", "segments", "stripes", "blocks")
-signature = {name: "*i64" if number < 6 else "i32" for number, name in enumerate(names)}
-signature |= {name: "constexpr" for name in ("COPY", "CHECK", "BLOCKS")}
-source = ASTSource(
-    kernels._move, signature, {"COPY": True, "CHECK": True, "BLOCKS": kernels._BLOCKS_OF_A_PROGRAM},
-    {(number,): [["tt.divisibility", 16]] for number in range(6)},
-)
-print(compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels._WARPS}).asm["ptx"])
-"""
-
-
-def test_every_access_to_the_bytes_takes_sixteen_of_them() -> None:
-    """Compiled for a Hopper GPU, of which Triton needs none for that. What else is loaded are places and constants."""
-    pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-4000:]
-    threads = int(re.search(r"\.reqntid\s+(\d+)", done.stdout)[1])  # type: ignore[index]
-    tile = 32 * 16 * 64  # bytes: blocks of a program, stripes of a block
-    loads, stores = (re.findall(rf"{kind}\.global[.\w:]*v2\.b64", done.stdout) for kind in ("ld", "st"))
-    assert len(stores) == tile // threads // 16
-    assert len(loads) >= tile // threads // 16
