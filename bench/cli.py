@@ -177,6 +177,28 @@ def gateway(
         console.print(f"wrote results/{path.name}")
 
 
+@app.command(epilog="Example: baton bench host --save host")
+def host(
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are measured, for each line of the table.")] = 200,
+    save: Save = "",
+) -> None:
+    """Measure what a worker's Python costs a step, on a device that computes nothing."""
+    from . import record
+    from .engine import host as measuring
+
+    console = Console()
+    load_before = _warn_if_busy(console)
+    with console.status("") as status:
+        found = asyncio.run(measuring.run(steps, status.update))
+    console.print(measuring.table(found))
+    for bar, held in measuring.bars(found).items():
+        console.print(f"{'reached' if held else 'MISSED'}: {bar}")
+    if save:
+        parameters = {"steps": steps, "prompt": measuring.PROMPT, "load_average_before": load_before}
+        path = record.write(save, "host", measuring.document(found), parameters)
+        console.print(f"wrote results/{path.name}")
+
+
 @app.command(epilog="Example: baton bench kvtransfer --save kvtransfer")
 def kvtransfer(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, or 'demo': for real workers.")] = "demo",

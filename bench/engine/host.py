@@ -1,0 +1,216 @@
+"""What a worker's Python costs a step, with a device that computes nothing (`device.py`).
+
+A whole colocated worker runs in this process as it does in its own: the engine loop on one thread, gRPC on the other.
+It decodes `batch` requests with 1k tokens of context in steps that take as long as an H100 needs for them, either for
+nobody or for a router in another process (`streams.py`) that every token is streamed to. Measured are the time of the
+loop's thread, part by part, and how long the device had nothing to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from ...common.clock import RealClock
+from ...common.config import EngineConfig, WorkerConfig
+from ...common.errors import NotReady
+from ...common.kv_format import KvFormat
+from ...common.messages import Submit
+from ...common.types import Role
+from ...engine.mailbox import FromRouter, RouterJoined
+from ...kvtransfer.convert import convert
+from ...kvtransfer.host_store import HostStore
+from ...worker.assembly import Worker
+from .device import BLOCK_SIZE, StandinRunner, Watch, Window
+from .streams import request
+
+STEP_S = {1: 5e-3, 64: 8e-3, 256: 16e-3}
+"""By batch size, a decode step of an 8B model in bf16 on one H100 at 1k tokens of context, about."""
+PROMPT = 1024
+OUTPUT = 3000
+MAX_BATCH_TOKENS = 8192
+NUM_BLOCKS = 48_000
+SKIP = 50
+"""Steps that are not measured, from the first one of full size on: the way to and from the router fills."""
+TOKEN = "bench"
+TIMEOUT_S = 60.0
+PYTHON_S = 1.5e-3
+"""A step at the largest batch may cost so much Python."""
+FORMAT = KvFormat(num_layers=1, num_kv_heads=1, head_dim=1, block_size=BLOCK_SIZE, dtype="int8")
+"""As little KV as there can be."""
+
+
+class StandinEngine:
+    """Implements `worker.assembly.Computes`."""
+
+    def __init__(self, runner: StandinRunner) -> None:
+        self.runner = runner
+        self.store = HostStore(np.zeros(NUM_BLOCKS * FORMAT.block_bytes, np.uint8), FORMAT, 0, NUM_BLOCKS, convert)
+        self.shared = self.groups = self.followers = None
+        self.eos_ids = frozenset({2})
+        self.fingerprint = "standin"
+        self.vocab_size = 128_256
+        self.max_model_len = 8192
+        self.num_blocks = NUM_BLOCKS
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One cell of the table. `served`: what the router in the other process says; None where there was none."""
+
+    batch: int
+    step_s: float
+    window: Window
+    served: dict[str, Any] | None
+
+
+async def measure(batch: int, step_s: float, steps: int, serve: bool) -> Measured:
+    """Run a worker until `steps` steps were measured. Raises `NotReady` where it does not come to that in a minute."""
+    events = asyncio.get_running_loop()
+    done: asyncio.Future[Window] = events.create_future()
+
+    def tell(window: Window) -> None:
+        events.call_soon_threadsafe(done.set_result, window)
+
+    runner = StandinRunner(batch, step_s, SKIP, steps, tell)
+    engine = EngineConfig(
+        model="standin", block_size=BLOCK_SIZE, max_batch_tokens=MAX_BATCH_TOKENS, max_running=batch
+    )  # fmt: skip
+    config = WorkerConfig(name="standin", role=Role.COLOCATED, engine=engine, cluster_token=TOKEN)
+    worker = Worker(config, StandinEngine(runner), RealClock())
+    _watch(worker, runner.watch)
+    await worker.start()
+    stop = threading.Event()
+    working = asyncio.create_task(asyncio.to_thread(worker.loop.run, stop))
+    try:
+        async with _asking(worker, batch) if serve else _posted(worker, batch) as served:
+            ends: set[asyncio.Future[Any]] = {done, working}
+            await asyncio.wait(ends, timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                raise NotReady(f"batch {batch}: not measured within {TIMEOUT_S:.0f} s")
+            return Measured(batch, step_s, done.result(), await served())
+    finally:
+        stop.set()
+        await working
+        await worker.stop()
+
+
+def _watch(worker: Worker, watch: Watch) -> None:
+    """Have the loop's calls counted as parts of a step; what is not named here is "rest", most of it collecting."""
+    loop = worker.loop
+    calls = [(loop.inbox, "drain", "inbox"), (loop, "_tell", "telling"), (loop, "_tell_changes", "telling")]
+    for role in loop.roles:
+        calls += [(role, "plan", "planning"), (role, "tick", "planning")]
+    for owner, method, part in calls:
+        setattr(owner, method, watch.around(part, getattr(owner, method)))
+
+
+Served = Callable[[], Awaitable[dict[str, Any] | None]]
+
+
+@asynccontextmanager
+async def _posted(worker: Worker, batch: int) -> AsyncIterator[Served]:
+    """The requests of a router that is not there: nobody hears the answers."""
+
+    async def nothing() -> None:
+        return None
+
+    worker.inbox.post(RouterJoined("nobody"))
+    for number in range(batch):
+        worker.inbox.post(FromRouter("nobody", Submit(number, 1, request(number, PROMPT, OUTPUT))))
+    yield nothing
+
+
+@asynccontextmanager
+async def _asking(worker: Worker, batch: int) -> AsyncIterator[Served]:
+    """The router's process."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "baton.bench.engine.streams"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert child.stdin is not None and child.stdout is not None
+    setup = {
+        "address": worker.ref.address, "epoch": worker.ref.epoch, "token": TOKEN, "streams": batch, "prompt": PROMPT,
+        "output": OUTPUT,
+    }  # fmt: skip
+    child.stdin.write(msgspec.json.encode(setup) + b"\n")
+
+    async def served() -> dict[str, Any]:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.close()
+        async with asyncio.timeout(TIMEOUT_S):
+            return dict(msgspec.json.decode(await child.stdout.readline()))
+
+    try:
+        yield served
+        async with asyncio.timeout(TIMEOUT_S):
+            await child.wait()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+
+
+PARTS = ("inbox", "planning", "batch", "launch", "telling", "rest")
+
+
+async def run(steps: int, note: Callable[[str], None]) -> list[Measured]:
+    """All batch sizes, for nobody and served."""
+    found = []
+    for batch, step_s in STEP_S.items():
+        for serve in (False, True):
+            note(f"batch {batch}, {'served to a router' if serve else 'for nobody'}")
+            found.append(await measure(batch, step_s, steps, serve))
+    return found
+
+
+def table(found: Iterable[Measured]) -> Table:
+    """Times in milliseconds a step."""
+    columns = ("batch", "served", "device", "Python", *PARTS, "loop CPU", "RPC CPU", "idle", "gap p50", "p99")
+    shown = Table(*columns, title="Python a step, ms")
+    for one in found:
+        window = one.window
+        gap = one.served["gap"] if one.served else {"p50": math.nan, "p99": math.nan}
+        times = [one.step_s, window.python_s, *(window.parts.get(part, 0.0) / window.steps for part in PARTS)]
+        times += [window.loop_cpu_s / window.steps, window.other_cpu_s / window.steps]
+        cells = [f"{seconds * 1e3:.2f}" for seconds in times]
+        cells += [f"{window.idle_share:.1%}", *(f"{gap[key] * 1e3:.1f}" for key in ("p50", "p99"))]
+        shown.add_row(str(one.batch), "yes" if one.served else "no", *cells)
+    return shown
+
+
+def bars(found: Iterable[Measured]) -> dict[str, bool]:
+    """What the house wants to hold."""
+    return {
+        f"batch {one.batch}: at most {PYTHON_S * 1e3:.1f} ms of Python a step ({one.window.python_s * 1e3:.2f})":
+        one.window.python_s <= PYTHON_S
+        for one in found if one.batch == max(STEP_S)
+    }  # fmt: skip
+
+
+def document(found: Iterable[Measured]) -> list[dict[str, Any]]:
+    """For the result file: seconds a step."""
+    return [
+        {
+            "batch": one.batch,
+            "device_step_s": one.step_s,
+            "served": one.served,
+            "python_s": one.window.python_s,
+            "parts_s": {part: seconds / one.window.steps for part, seconds in sorted(one.window.parts.items())},
+            "idle_share": one.window.idle_share,
+            "loop_cpu_s": one.window.loop_cpu_s / one.window.steps,
+            "other_cpu_s": one.window.other_cpu_s / one.window.steps,
+        }
+        for one in found
+    ]

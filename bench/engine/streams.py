@@ -1,0 +1,86 @@
+"""A router in a process of its own, which one worker streams all its tokens to: `python -m baton.bench.engine.streams`.
+
+It reads what to do as one JSON line from standard input: the worker's address, epoch and token, how many streams, how
+long prompts and answers are. When standard input ends, it says in one JSON line how many tokens came in how many
+seconds, and the time between two tokens of a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+
+from ...common.cluster import Members, WorkerState, WorkerStatus
+from ...common.config import RouterConfig
+from ...common.errors import NotReady
+from ...common.types import Request, SamplingParams
+from ...router.service import RequestStream, Router
+from ..report import Quantiles
+
+LOOKS, LOOK_S = 1000, 0.02
+
+
+def request(number: int, prompt: int, max_tokens: int) -> Request:
+    """A prompt that shares no block with another's, answered greedily to the last token."""
+    tokens = tuple(1 + (number * 7919 + i * 104_729) % 100_000 for i in range(prompt))
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return Request(f"stream-{number}", tokens, prompt, params, deadline_s=600.0)
+
+
+async def _members(address: str, epoch: int) -> AsyncGenerator[Members, None]:
+    worker = WorkerStatus("standin", "colocated", WorkerState.READY, address=address, epoch=epoch)
+    yield Members(1, (worker,))
+
+
+async def _ready(router: Router) -> None:
+    for _ in range(LOOKS):
+        if router.ready()[0] == "ready":
+            return
+        await asyncio.sleep(LOOK_S)
+    raise NotReady(f"no worker for {LOOKS * LOOK_S:.0f} s")
+
+
+async def _take(stream: RequestStream, gaps: list[float]) -> None:
+    last = 0.0
+    while True:
+        batch = await stream.next()
+        now = time.perf_counter()
+        if last:
+            gaps.append(now - last)
+        last = now
+        if batch.finish is not None:
+            return
+
+
+async def main() -> None:
+    """Serve until standard input ends."""
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    setup: dict[str, Any] = msgspec.json.decode(await lines.readline())
+    router = Router("bench", RouterConfig(max_requests=4096), setup["token"])
+    await router.start(_members(setup["address"], setup["epoch"]))
+    await _ready(router)
+    gaps: list[float] = []
+    begin = time.perf_counter()
+    takers = [
+        asyncio.create_task(_take(router.submit(request(i, setup["prompt"], setup["output"])), gaps))
+        for i in range(setup["streams"])
+    ]
+    await lines.readline()
+    for taker in takers:
+        taker.cancel()
+    await asyncio.gather(*takers, return_exceptions=True)
+    said = {"tokens": len(gaps), "seconds": time.perf_counter() - begin, "gap": asdict(Quantiles.of(gaps))}
+    sys.stdout.buffer.write(msgspec.json.encode(said) + b"\n")
+    sys.stdout.flush()
+    await router.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

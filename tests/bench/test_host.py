@@ -1,0 +1,55 @@
+"""The bench of a worker's Python: the stand-in device's books, and one whole measurement that is too short to mean
+anything."""
+
+from __future__ import annotations
+
+
+import pytest
+
+from baton.bench.engine import device, host
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Its last entry is the time."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[-1])
+    return now
+
+
+def test_a_stream_is_idle_from_the_end_of_all_steps_to_the_next_launch(clock: list[float]) -> None:
+    stream = device.Stream()
+    clock.append(1.0)
+    assert stream.launch(5.0) == 6.0
+    clock.append(2.0)
+    assert stream.launch(5.0) == 11.0, "it begins when the first has ended"
+    clock.append(13.0)
+    assert stream.launch(5.0) == 18.0
+    assert (stream.idle_s, stream.busy_s) == (1.0 + 2.0, 15.0)
+
+
+def test_each_moment_counts_for_the_innermost_part(clock: list[float]) -> None:
+    watch = device.Watch()
+    clock.append(1.0)
+    with watch.part("outer"):
+        clock.append(3.0)
+        watch.around("inner", clock.append)(7.0)
+        clock.append(7.5)
+    clock.append(9.5)
+    watch.turn()
+    assert watch.spent == {"rest": 1.0 + 2.0, "outer": 2.0 + 0.5, "inner": 4.0}
+
+
+@pytest.mark.parametrize("serve", [False, True])
+async def test_a_worker_is_measured(serve: bool) -> None:
+    found = await host.measure(batch=3, step_s=1e-3, steps=20, serve=serve)
+    window = found.window
+    assert window.steps == 20 and window.busy_s == pytest.approx(20e-3)
+    assert sum(window.parts.values()) == pytest.approx(window.seconds, rel=1e-2)
+    assert set(host.PARTS) <= set(window.parts)
+    if found.served is not None:
+        assert found.served["tokens"] >= 3 * 20
+    assert (found.served is not None) == serve
+    (line,) = host.document([found])
+    assert line["python_s"] == pytest.approx((window.seconds - window.parts["device"]) / 20)
+    assert host.table([found]).row_count == 1
