@@ -87,8 +87,8 @@ def generate(engine: Engine, sequences: Listing[Sequence], count: int, chunk: in
         plan = StepPlan(1 << 30)
         for index, tokens in parts:
             plan.add(sequences[index], tokens)
-        for (index, tokens), sampled in zip(parts, engine.runner.run(plan), strict=True):
-            sequences[index].computed += tokens
+        for (index, tokens), sampled in zip(parts, engine.runner.launch(plan).results(), strict=True):
+            sequences[index].launched += tokens
             if sampled is not None:
                 sequences[index].tokens.append(sampled.token)
                 outputs[index].append(sampled)
@@ -156,7 +156,7 @@ def speed(name: str, device: str, kv_memory: int) -> Speed:
     vocab = engine.vocab_size
     decode = {batch: batch / _median_step(engine, _decoders(batch, vocab)) for batch in DECODE_BATCHES}
     prompt = sequence(0, _tokens(PREFILL, vocab), PREFILL + 1)
-    prefill = PREFILL / _median_step(engine, [Slice(prompt, 0, PREFILL)], repeats=5)
+    prefill = PREFILL / _median_step(engine, [Slice.of(prompt, 0, PREFILL)], repeats=5)
     shape = engine.model_config
     size = _weights_read(shape) * (2 if device != "cpu" else 4)
     bandwidth = read_bandwidth(device)
@@ -166,7 +166,7 @@ def speed(name: str, device: str, kv_memory: int) -> Speed:
 def _decoders(batch: int, vocab: int) -> list[Slice]:
     room = DECODE_CONTEXT + 2
     owners = [sequence(i, _tokens(DECODE_CONTEXT + 1, vocab), room) for i in range(batch)]
-    return [Slice(owner, DECODE_CONTEXT, 1) for owner in owners]
+    return [Slice.of(owner, DECODE_CONTEXT, 1) for owner in owners]
 
 
 def _tokens(count: int, vocab: int) -> list[int]:
@@ -178,7 +178,7 @@ def _median_step(engine: Engine, slices: list[Slice], repeats: int = DECODE_STEP
     times = []
     for turn in range(repeats + 3):
         begin = time.perf_counter()
-        engine.runner.run(StepPlan(1 << 30, list(slices)))
+        engine.runner.launch(StepPlan(1 << 30, list(slices))).results()
         if turn >= 3:
             times.append(time.perf_counter() - begin)
     return statistics.median(times)

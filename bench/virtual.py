@@ -34,7 +34,7 @@ from ..engine.mailbox import (
     SourceGone,
     TargetGone,
 )
-from ..engine.plan import OnLayer, Sampled, StepPlan
+from ..engine.plan import Ended, Launched, OnLayer, Sampled, StepPlan
 from ..engine.role import Context, Limits
 from ..kvtransfer import wire
 from ..kvtransfer.inlet import RankInlet
@@ -118,13 +118,13 @@ class _Runner:
     clock: _StepClock
     costs: Costs
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         share = self.costs.step(plan) / LAYERS
         for layer in range(LAYERS):
             self.clock.ahead += share
             if on_layer is not None:
                 on_layer(layer)
-        return [Sampled(next_token(part.sequence.tokens)) if part.samples else None for part in plan.slices]
+        return Ended([Sampled(next_token(part.sequence.tokens)) if part.samples else None for part in plan.slices])
 
 
 def next_token(tokens: Sequence[int]) -> int:

@@ -59,7 +59,7 @@ class BlockTable:
             self.manager.release(prefix)
             return False
         sequence.blocks = prefix + self.manager.allocate(fresh)
-        sequence.computed = len(prefix) * self.block_size
+        sequence.computed = sequence.launched = len(prefix) * self.block_size
         self._sequences[sequence.key] = sequence
         return True
 
@@ -77,6 +77,7 @@ class BlockTable:
         """KV of `count` more tokens is in the pool: blocks that became full can be found by others from now on."""
         first = sequence.computed // self.block_size
         sequence.computed += count
+        sequence.launched = max(sequence.launched, sequence.computed)
         hashes = self.chain(sequence)
         for i in range(first, sequence.computed // self.block_size):
             self.manager.seal(sequence.blocks[i], hashes[i])
@@ -86,7 +87,7 @@ class BlockTable:
         if self._sequences.pop(sequence.key, None) is not None:
             self.manager.release(sequence.blocks)
             sequence.blocks = []
-            sequence.computed = 0
+            sequence.computed = sequence.launched = sequence.pending = 0
 
     def check(self) -> None:
         """Raises `BlockLeak` if any block is held by nobody that is known here, or held twice."""

@@ -103,7 +103,7 @@ class EngineLoop:
             return False
         self._tell()  # what the plan has to say need not wait for the step
         try:
-            results = self._runner.run(plan, self._on_layer)
+            results = self._runner.launch(plan, self._on_layer).results()
         except EngineFailure as error:
             self._fail(plan, owners, error)
             return True

@@ -12,20 +12,23 @@ from .sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Compute KV for `sequence.tokens[start : start + count]`. If that reaches the end of the tokens, the next token
-    is sampled. count 1 with `samples` is a decode; anything else is a chunk of prefill (or of a recompute)."""
+    """Compute KV of the sequence's positions start … start + count - 1. Where that reaches its `length` at planning
+    time, the token at position `end` is sampled. The last token may be pending then: drawn by the step before, known to
+    the device and not to the host. count 1 with `samples` is a decode; anything else is a chunk of prefill (or of a
+    recompute)."""
 
     sequence: Sequence
     start: int
     count: int
+    samples: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence, start: int, count: int) -> Slice:
+        return cls(sequence, start, count, start + count == sequence.length)
 
     @property
     def end(self) -> int:
         return self.start + self.count
-
-    @property
-    def samples(self) -> bool:
-        return self.end == len(self.sequence.tokens)
 
 
 @dataclass(slots=True)
@@ -36,7 +39,8 @@ class StepPlan:
     slices: list[Slice] = field(default_factory=list)
 
     def add(self, sequence: Sequence, count: int) -> Slice:
-        part = Slice(sequence, sequence.computed, count)
+        """The next `count` tokens of a sequence that no launched step computes."""
+        part = Slice.of(sequence, sequence.launched, count)
         self.slices.append(part)
         self.budget -= count
         return part
@@ -58,9 +62,30 @@ OnLayer = Callable[[int], None]
 """Called after a layer's KV of this step is in the pool, with the layer's index, in order."""
 
 
-class Runner(Protocol):
-    """Executes a plan. The real one holds the model; the simulator's only knows what a step costs."""
+class Launched(Protocol):
+    """A step that has been given to the device, and may not be through."""
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
-        """One entry for each slice, in order; None where the slice does not sample. Raises `EngineFailure`."""
+    def results(self) -> list[Sampled | None]:
+        """Wait for its end. One entry for each slice, in order; None where the slice does not sample. Raises
+        `EngineFailure` where the step failed, or does not end in time."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Implements `Launched` for runners that compute at once."""
+
+    sampled: list[Sampled | None]
+
+    def results(self) -> list[Sampled | None]:
+        return self.sampled
+
+
+class Runner(Protocol):
+    """Executes plans. The real one holds the model; the simulator's only knows what a step costs."""
+
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
+        """Give a step to the device. Steps run one after the other, so one may be launched while the one before it has
+        not ended, and takes what that one draws (`Sequence.pending`) on the device. A device that is the processor
+        itself computes here and now. Raises `EngineFailure`."""
         ...

@@ -19,7 +19,7 @@ from .follower import HERE, MEET, READY, Followers
 from .group import RankGroup
 from .kv_pool import KvPool, device_allocator
 from .model_config import ModelConfig
-from .plan import OnLayer, Sampled, Slice, StepPlan
+from .plan import Ended, Launched, OnLayer, Sampled, Slice, StepPlan
 from .rank import MakeAllocator, Rank, load_rank, resolve
 from .sampler import Sampler
 from .sequence import Sequence
@@ -42,8 +42,8 @@ class TorchRunner:
         self._followers = followers
         self._sampler = Sampler(rank.model_config.eos_ids)
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
-        """See `plan.Runner.run`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
+        """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
         `EngineBroken` where there are other ranks: after a failure they no longer stand at the same place."""
         order = sorted(range(len(plan.slices)), key=lambda i: plan.slices[i].count != 1)  # single rows first
         slices = [plan.slices[i] for i in order]
@@ -64,7 +64,7 @@ class TorchRunner:
             raise EngineBroken(why) from error
         for i, token in zip(sampling, sampled, strict=True):
             results[order[i]] = token
-        return results
+        return Ended(results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,4 +144,4 @@ def _warm_up(runner: TorchRunner, room: int, config: EngineConfig) -> None:
     request = Request("warm-up", (0,) * (count + 1), count + 1, params)
     sequence = Sequence(("", 0), request, 0, 0.0, 0.0, blocks=blocks)
     for start, end in ((0, count), (count, count + 1)):
-        runner.run(StepPlan(count, [Slice(sequence, start, end - start)]))
+        runner.launch(StepPlan(count, [Slice.of(sequence, start, end - start)])).results()

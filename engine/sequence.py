@@ -15,11 +15,13 @@ SequenceKey = tuple[str, int]
 class Sequence:
     """Tokens, and how far their KV is computed.
 
-    tokens        prompt and output so far; KV exists for tokens[:computed]
+    tokens        prompt and output so far, as far as they are known; KV exists for tokens[:computed]
     prompt_len    boundary between prompt and output (an earlier attempt's output lies beyond it)
     blocks        ids of the KV blocks that hold positions [i * block_size, (i + 1) * block_size)
     hashes        chained hashes of the leading full blocks, as far as they were needed
-    computed      number of leading tokens whose KV is in the pool
+    computed      number of leading tokens whose KV is in the pool: steps that have ended computed it
+    launched      the same, but counting what launched steps are computing as well: launched >= computed
+    pending       tokens that launched steps draw and nobody knows yet; none or one when a step is planned
     deadline      on the worker's own clock, seconds
     """
 
@@ -32,6 +34,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)
     computed: int = 0
+    launched: int = 0
+    pending: int = 0
     cached: int = 0
     preemptions: int = 0
 
@@ -57,9 +61,14 @@ class Sequence:
         return self.prompt_len + self.params.max_tokens
 
     @property
+    def length(self) -> int:
+        """Tokens so far, pending ones included."""
+        return len(self.tokens) + self.pending
+
+    @property
     def missing(self) -> int:
-        """Tokens whose KV has still to be computed before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        """Tokens whose KV no step computes yet, and that the next one to be sampled waits for."""
+        return self.length - self.launched
 
     @property
     def named(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from baton.common.config import EngineConfig, HandoverConfig, WorkerConfig
 from baton.common.kv_format import KvFormat
 from baton.common.messages import Endpoint
 from baton.common.types import Request, Role, SamplingParams, WorkerRef
-from baton.engine.plan import OnLayer, Sampled, Slice, StepPlan
+from baton.engine.plan import Ended, Launched, OnLayer, Sampled, Slice, StepPlan
 from baton.kvtransfer.host_store import Bytes, HostStore
 from baton.kvtransfer.shm import SharedMemory
 
@@ -104,12 +104,12 @@ class ToyRunner:
     steps: list[StepPlan] = field(default_factory=list)
     before: object = None
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         if callable(self.before):
             self.before(plan)
         self.steps.append(StepPlan(plan.budget, list(plan.slices)))
         self.forward(plan.slices, on_layer)
-        return [Sampled(_next(self.kv(part).tobytes())) if part.samples else None for part in plan.slices]
+        return Ended([Sampled(_next(self.kv(part).tobytes())) if part.samples else None for part in plan.slices])
 
     def forward(self, slices: Sequence[Slice], on_layer: OnLayer | None) -> None:
         for layer in range(LAYERS):

@@ -20,7 +20,7 @@ from ...common.config import WorkerConfig, from_json
 from ...common.kv_format import KvFormat
 from ...deploy.launch.launcher import Envelope
 from ...engine.model_config import ModelConfig
-from ...engine.plan import OnLayer, Sampled, StepPlan
+from ...engine.plan import Ended, Launched, OnLayer, Sampled, StepPlan
 from ...kvtransfer.host_store import HostStore
 from ...kvtransfer.shm import SharedMemory
 from ...protos.control import ControllerClient
@@ -37,11 +37,11 @@ class Idle:
 
     num_layers: int
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         if on_layer is not None:
             for layer in range(self.num_layers):
                 on_layer(layer)
-        return [Sampled(TOKEN_DRAWN) if part.samples else None for part in plan.slices]
+        return Ended([Sampled(TOKEN_DRAWN) if part.samples else None for part in plan.slices])
 
 
 @dataclass(frozen=True, slots=True)

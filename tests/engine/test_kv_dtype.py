@@ -30,7 +30,7 @@ def logprobs(engine: Engine, tokens: list[int]) -> dict[int, float]:
     """Of the likeliest tokens after `tokens`: a prefill and one decode."""
     owner = sequence(tokens, 1, logprobs=20)
     advance(engine, [(owner, len(tokens) - 1)])
-    (found,) = engine.runner.run(StepPlan(1, [Slice(owner, len(tokens) - 1, 1)]))
+    (found,) = engine.runner.launch(StepPlan(1, [Slice.of(owner, len(tokens) - 1, 1)])).results()
     assert isinstance(found, Sampled)
     assert found.logprob is not None
     return dict(found.logprob.top)

@@ -15,7 +15,7 @@ from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import Inbox, Mail, Outbox, Recast
-from baton.engine.plan import OnLayer, Runner, Sampled, StepPlan
+from baton.engine.plan import Ended, Launched, OnLayer, Runner, Sampled, StepPlan
 from baton.engine.role import Context, Limits
 from baton.engine.sequence import Sequence
 from tests.toy import endpoint, request
@@ -30,9 +30,9 @@ class Timed:
         self._clock = clock
         self.seconds = seconds
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         self._clock.advance(self.seconds.pop(0))
-        return [Sampled(1) for _ in plan.slices]
+        return Ended([Sampled(1) for _ in plan.slices])
 
 
 class Failing:
@@ -41,7 +41,7 @@ class Failing:
     def __init__(self, error: EngineFailure) -> None:
         self._error = error
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> list[Sampled | None]:
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         raise self._error
 
 

@@ -65,9 +65,9 @@ def advance(engine: Engine, parts: Listing[tuple[Sequence, int]]) -> None:
     plan = StepPlan(budget=10_000)
     for owner, count in parts:
         plan.add(owner, count)
-    results = engine.runner.run(plan)
+    results = engine.runner.launch(plan).results()
     for (owner, count), result in zip(parts, results, strict=True):
-        owner.computed += count
+        owner.launched += count
         if result is not None:
             owner.tokens.append(result.token)
 

@@ -71,9 +71,11 @@ def talk(engine: Engine) -> list[Sampled | None]:
     found: list[Sampled | None] = []
     while len(first.tokens) < 25:
         parts = steps.pop(0) if steps else [(each, each.missing) for each in running]
-        sampled = engine.runner.run(StepPlan(99, [Slice(each, each.computed, count) for each, count in parts]))
+        sampled = engine.runner.launch(
+            StepPlan(99, [Slice.of(each, each.launched, count) for each, count in parts])
+        ).results()
         for (owner, count), result in zip(parts, sampled, strict=True):
-            owner.computed += count
+            owner.launched += count
             owner.tokens += [result.token] if result else []
         found += sampled
     return found

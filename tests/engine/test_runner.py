@@ -81,22 +81,26 @@ def test_layers_report_in_order_once_their_kv_is_in_the_pool(engine: Engine) -> 
         later = all(bool(layer.isnan().all()) for layer in layers[index + 1 :])
         seen.append((index, bool(layers[index].isfinite().all()), later))
 
-    engine.runner.run(StepPlan(20, [Slice(owner, 0, 20)]), on_layer)
+    engine.runner.launch(StepPlan(20, [Slice.of(owner, 0, 20)]), on_layer).results()
     assert seen == [(i, True, True) for i in range(engine.model_config.num_layers)]
 
 
 def test_results_are_in_the_plan_order(engine: Engine) -> None:
     first, second, third = (sequence(tokens, 1 + 20 * i) for i, tokens in enumerate(prompts(12, 30, 5)))
     advance(engine, [(third, 4), (first, 11)])
-    alone = [engine.runner.run(StepPlan(99, [Slice(s, s.computed, s.missing)]))[0] for s in (third, first)]
-    found = engine.runner.run(StepPlan(99, [Slice(second, 0, 10), Slice(third, 4, 1), Slice(first, 11, 1)]))
+    alone = [
+        engine.runner.launch(StepPlan(99, [Slice.of(s, s.launched, s.missing)])).results()[0] for s in (third, first)
+    ]
+    found = engine.runner.launch(
+        StepPlan(99, [Slice.of(second, 0, 10), Slice.of(third, 4, 1), Slice.of(first, 11, 1)])
+    ).results()
     assert found == [None, alone[0], alone[1]]
     assert all(isinstance(each, Sampled) for each in alone)
 
 
 def test_a_step_that_samples_nothing(engine: Engine) -> None:
     (tokens,) = prompts(30)
-    assert engine.runner.run(StepPlan(99, [Slice(sequence(tokens, 1), 0, 10)])) == [None]
+    assert engine.runner.launch(StepPlan(99, [Slice.of(sequence(tokens, 1), 0, 10)])).results() == [None]
 
 
 def test_compiled_and_torch_operations_agree(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +151,7 @@ def test_lengths_are_bounded_by_the_pool(checkpoint: Path) -> None:
 def test_a_failure_inside_torch_is_typed(engine: Engine) -> None:
     owner = sequence([10_000], 1)  # beyond the vocabulary
     with pytest.raises(EngineFailure):
-        engine.runner.run(StepPlan(1, [Slice(owner, 0, 1)]))
+        engine.runner.launch(StepPlan(1, [Slice.of(owner, 0, 1)])).results()
 
 
 def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -182,8 +186,8 @@ def test_shards_load_like_one_file(checkpoint: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     (tokens,) = prompts(33)
-    plan = StepPlan(99, [Slice(sequence(tokens, 1), 0, 33)])
-    assert start(tmp_path).runner.run(plan) == start(checkpoint).runner.run(plan)
+    plan = StepPlan(99, [Slice.of(sequence(tokens, 1), 0, 33)])
+    assert start(tmp_path).runner.launch(plan).results() == start(checkpoint).runner.launch(plan).results()
 
 
 def test_progress_rises_to_one(checkpoint: Path) -> None:

@@ -89,14 +89,14 @@ def test_four_processes_compute_what_one_does(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(("number", "within_s"), [(signal.SIGKILL, 1.0), (signal.SIGSTOP, TIMEOUT_S + 1.0)])
 def test_a_lost_rank_breaks_the_engine_for_good(checkpoint: Path, number: signal.Signals, within_s: float) -> None:
-    step = StepPlan(9, [Slice(sequence(prompts(9)[0], 1), 0, 9)])
+    step = StepPlan(9, [Slice.of(sequence(prompts(9)[0], 1), 0, 9)])
     with running(checkpoint, 2) as (ranks, engine):
-        engine.runner.run(step)
+        engine.runner.launch(step).results()
         os.kill(ranks.pids[0], number)
         for deadline in (within_s, 0.5):
             begin = time.monotonic()
             with pytest.raises(EngineBroken):
-                engine.runner.run(step)
+                engine.runner.launch(step).results()
             assert time.monotonic() - begin < deadline
         with pytest.raises(EngineBroken):
             ranks.followers.send("anything")

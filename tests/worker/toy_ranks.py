@@ -95,7 +95,7 @@ def second(spec: Spec, address: str, token: str) -> None:
 
 def _slice(tokens: list[int], blocks: list[int], start: int, count: int) -> Slice:
     owner = sequence.Sequence(("", 0), request("", tokens, 1), 0, 0.0, 0.0, blocks=blocks)
-    return Slice(owner, start, count)
+    return Slice.of(owner, start, count)
 
 
 def first(spec: Spec, says: Connection) -> None:
