@@ -82,34 +82,33 @@ class Model:
         """
         config, ops = self._config, self._ops
         hidden = ops.rows(self._weights.embedding, tokens)
+        change = torch.zeros_like(hidden)
         for index, layer in enumerate(self._weights.layers):
-            hidden = self._layer(hidden, layer, self._heads[index], rows, kv[index], index, on_layer)
-        hidden = ops.rms_norm(hidden[wanted], self._weights.final_gain, config.rms_eps)
-        return ops.linear(hidden, self._weights.head, config.vocab_size).float()
+            hidden, change = self._layer(hidden, change, layer, self._heads[index], rows, kv[index], index, on_layer)
+        normed, _ = ops.add_norm(hidden[wanted], change[wanted], self._weights.final_gain, config.rms_eps)
+        return ops.linear(normed, self._weights.head, config.vocab_size).float()
 
     def _layer(
         self,
         hidden: torch.Tensor,
+        change: torch.Tensor,
         layer: LayerWeights,
         heads: Heads,
         rows: Rows,
         kv: torch.Tensor,
         index: int,
         on_layer: OnLayer | None,
-    ) -> torch.Tensor:
-        """hidden [T, C] → [T, C]."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [T, C] and what the layer before has yet to add to it [T, C] → the same two for the next one: each
+        addition is done with the norm that follows it."""
         config, ops = self._config, self._ops
-        normed = ops.rms_norm(hidden, layer.input_gain, config.rms_eps)
+        normed, hidden = ops.add_norm(hidden, change, layer.input_gain, config.rms_eps)
         qkv = ops.linear(normed, layer.qkv, config.qkv_size, layer.qkv_bias)  # [T, (H + 2 G) D]
         ops.rotate_and_store(qkv, heads, self._rope, rows, kv)
         if on_layer is not None:
             on_layer(index)
         seen = ops.attention(qkv, heads, rows, kv)  # [T, H D]
-        hidden = ops.linear(seen, layer.output, config.hidden_size, _plus(hidden, layer.output_bias))
-        normed = ops.rms_norm(hidden, layer.inner_gain, config.rms_eps)
+        change = ops.linear(seen, layer.output, config.hidden_size, layer.output_bias)
+        normed, hidden = ops.add_norm(hidden, change, layer.inner_gain, config.rms_eps)
         inner = ops.linear(normed, layer.gate_up, 2 * config.intermediate_size, layer.gate_up_bias)  # [T, 2 F]
-        return ops.linear(ops.silu_mul(inner), layer.down, config.hidden_size, _plus(hidden, layer.down_bias))
-
-
-def _plus(residual: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return residual if bias is None else residual + bias
+        return hidden, ops.linear(ops.silu_mul(inner), layer.down, config.hidden_size, layer.down_bias)

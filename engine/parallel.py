@@ -30,7 +30,7 @@ class ParallelOps:
         self._head = weights.head
         self._summed = {id(matrix) for layer in weights.layers for matrix in (layer.output, layer.down)}
         self.name = base.name
-        self.pack, self.rms_norm, self.silu_mul = base.pack, base.rms_norm, base.silu_mul
+        self.pack, self.add_norm, self.silu_mul = base.pack, base.add_norm, base.silu_mul
         self.rotate_and_store, self.attention = base.rotate_and_store, base.attention
 
     def rows(self, packed: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -40,13 +40,13 @@ class ParallelOps:
         return self._group.sum(found.mul_(mine[:, None]))
 
     def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, features: int, add: torch.Tensor | None = None
+        self, x: torch.Tensor, packed: torch.Tensor, features: int, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         if packed is self._head:
             return self._logits(x, features)
         if id(packed) not in self._summed:
-            return self._base.linear(x, packed, features, add)
-        once = add if self._group.rank == 0 else None  # all ranks hold the same bias and residual
+            return self._base.linear(x, packed, features, bias)
+        once = bias if self._group.rank == 0 else None  # all ranks hold the same
         return self._group.sum(self._base.linear(x, packed, features, once))
 
     def _logits(self, x: torch.Tensor, features: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ class ConvertedKvOps:
         self._dtype = kv_dtype
         self.name = base.name
         self.pack, self.rows, self.linear = base.pack, base.rows, base.linear
-        self.rms_norm, self.silu_mul = base.rms_norm, base.silu_mul
+        self.add_norm, self.silu_mul = base.add_norm, base.silu_mul
 
     def rotate_and_store(
         self, qkv: torch.Tensor, heads: Heads, table: torch.Tensor, rows: Rows, kv: torch.Tensor

@@ -102,7 +102,7 @@ INLINE f16 exp16(f16 x)
     return p * (f16)power;
 }
 
-/* ---- y = x W^T (+ bias or residual) ------------------------------------------------------------------------------
+/* ---- y = x W^T (+ bias) -----------------------------------------------------------------------------------------
  *
  * W is packed in panels [n / PANEL][k][PANEL], so it streams through memory once, in order, and the lanes of a vector
  * are columns of y: no sum across lanes. The last panel is filled up with zeros.
@@ -145,9 +145,8 @@ static void products(int rows, const float *x, long stride, const float *w, long
     }
 }
 
-/* x [rows, k], w packed [n, k], y [rows, n]. add: null, a bias [n] (add_stride 0) or a residual [rows, n] (n). */
-void linear(const float *x, long rows, long k, const float *w, long n, const float *add, long add_stride, float *y,
-            int threads)
+/* x [rows, k], w packed [n, k], bias [n] or null, y [rows, n]. */
+void linear(const float *x, long rows, long k, const float *w, long n, const float *bias, float *y, int threads)
 {
     long panels = (n + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -168,9 +167,9 @@ void linear(const float *x, long rows, long k, const float *w, long n, const flo
                     products(count, in, k, part, depth, edge, PANEL, begin == 0);
                     for (int r = 0; r < count; r++) memcpy(out + r * n, edge + r * PANEL, width * sizeof(float));
                 }
-                if (add && begin + depth == k)
+                if (bias && begin + depth == k)
                     for (int r = 0; r < count; r++)
-                        for (long c = 0; c < width; c++) out[r * n + c] += add[(row + r) * add_stride + p * PANEL + c];
+                        for (long c = 0; c < width; c++) out[r * n + c] += bias[p * PANEL + c];
             }
         }
     }
@@ -190,10 +189,15 @@ INLINE void normalise(const float *x, const float *gain, float eps, long k, floa
     for (long i = whole; i < k; i++) y[i] = gain[i] * (x[i] * scale);
 }
 
-void rms_norm(const float *x, const float *gain, float eps, long rows, long k, float *y, int threads)
+/* x [rows, k] += residual [rows, k]; y [rows, k] <- each row of x over its root mean square. */
+void add_norm(float *x, const float *residual, const float *gain, float eps, long rows, long k, float *y, int threads)
 {
 #pragma omp parallel for num_threads(threads) if (rows > 16)
-    for (long row = 0; row < rows; row++) normalise(x + row * k, gain, eps, k, y + row * k);
+    for (long row = 0; row < rows; row++) {
+        float *sum = x + row * k;
+        for (long i = 0; i < k; i++) sum[i] += residual[row * k + i];
+        normalise(sum, gain, eps, k, y + row * k);
+    }
 }
 
 INLINE f16 silu(f16 x) { return x / (1.0f + exp16(-x)); }

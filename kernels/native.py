@@ -24,8 +24,8 @@ _SOURCE = Path(__file__).with_name("native.c")
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "panel_width": (),
-    "linear": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT),
-    "rms_norm": (_POINTER, _POINTER, _FLOAT, _LONG, _LONG, _POINTER, _INT),
+    "linear": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT),
+    "add_norm": (_POINTER, _POINTER, _POINTER, _FLOAT, _LONG, _LONG, _POINTER, _INT),
     "silu_mul": (_POINTER, _LONG, _LONG, _POINTER, _INT),
     "rotate_and_store": (
         *(_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _FLOAT),
@@ -66,22 +66,24 @@ class NativeOps:
         return packed[indices // self._panel, :, indices % self._panel].contiguous()
 
     def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, features: int, add: torch.Tensor | None = None
+        self, x: torch.Tensor, packed: torch.Tensor, features: int, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         rows, depth = x.shape
         out = x.new_empty(rows, features)
-        add_at, add_stride = (None, 0) if add is None else (add.data_ptr(), features if add.dim() == 2 else 0)
         self._library.linear(
-            *(x.data_ptr(), rows, depth, packed.data_ptr(), features),
-            *(add_at, add_stride, out.data_ptr(), self._threads),
+            *(x.data_ptr(), rows, depth, packed.data_ptr(), features, _address(bias), out.data_ptr(), self._threads)
         )
         return out
 
-    def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, depth = x.shape
         out = x.new_empty(rows, depth)
-        self._library.rms_norm(x.data_ptr(), gain.data_ptr(), eps, rows, depth, out.data_ptr(), self._threads)
-        return out
+        self._library.add_norm(
+            *(x.data_ptr(), residual.data_ptr(), gain.data_ptr(), eps, rows, depth, out.data_ptr(), self._threads)
+        )
+        return out, x
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, width = gate_up.shape
@@ -92,11 +94,9 @@ class NativeOps:
     def rotate_and_store(
         self, qkv: torch.Tensor, heads: Heads, table: torch.Tensor, rows: Rows, kv: torch.Tensor
     ) -> None:
-        query_gain, key_gain = heads.query_gain, heads.key_gain
         self._library.rotate_and_store(
             *(qkv.data_ptr(), len(qkv), heads.queries, heads.keys, heads.dim),
-            None if query_gain is None else query_gain.data_ptr(),
-            None if key_gain is None else key_gain.data_ptr(),
+            *(_address(heads.query_gain), _address(heads.key_gain)),
             *(heads.eps, table.data_ptr(), rows.positions.data_ptr(), rows.slots.data_ptr()),
             *(kv.data_ptr(), kv.shape[3], self._threads),
         )
@@ -121,10 +121,15 @@ class NativeOps:
         start, length, table = (torch.tensor(v, dtype=torch.int32) for v in ([0, tokens], [tokens], [[0, 1, 2]]))
         rows = Rows(steps, steps, start, length, table, 0, (0, tokens), (tokens,))
         x, kv = numbers(tokens, 600), torch.zeros(3, 2, 1, 16, 16)
-        qkv = self.linear(self.rms_norm(x, numbers(600), 1e-5), self.pack(numbers(64, 600)), 64)
+        normed, total = self.add_norm(x, x.flip(1), numbers(600), 1e-5)
+        qkv = self.linear(normed + total, self.pack(numbers(64, 600)), 64)
         self.rotate_and_store(qkv, heads, numbers(tokens, 2, 8), rows, kv)
         out = self.silu_mul(self.attention(qkv, heads, rows, kv))
         return hashlib.blake2b(out.numpy().tobytes(), digest_size=4).hexdigest()
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def supports(queries: int, keys: int, head_dim: int, block_size: int) -> bool:

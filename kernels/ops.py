@@ -65,14 +65,16 @@ class Ops(Protocol):
         ...
 
     def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, features: int, add: torch.Tensor | None = None
+        self, x: torch.Tensor, packed: torch.Tensor, features: int, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [T, K] times the packed weight [features, K], transposed: [T, features]. `add`, a bias [features] or a
-        residual [T, features], is added to the product."""
+        """x [T, K] times the packed weight [features, K], transposed, plus the bias [features]: [T, features]."""
         ...
 
-    def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root mean square norm of each row of x [T, K]."""
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the residual [T, K] to x [T, K] in place, and divide each row of the sum by its root mean square, times
+        the gain [K]: (norm, sum). The sum is x itself."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

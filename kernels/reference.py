@@ -20,15 +20,14 @@ class TorchOps:
         return packed[indices]
 
     def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, features: int, add: torch.Tensor | None = None
+        self, x: torch.Tensor, packed: torch.Tensor, features: int, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if add is None or add.dim() == 1:
-            return F.linear(x, packed, add)
-        return F.linear(x, packed).add_(add)
+        return F.linear(x, packed, bias)
 
-    def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.float()
-        return gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _normalise(x.add_(residual), gain, eps), x
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -41,8 +40,8 @@ class TorchOps:
         split = qkv.view(count, heads.queries + 2 * heads.keys, heads.dim)
         query, key, value = torch.split(split, [heads.queries, heads.keys, heads.keys], dim=1)
         if heads.query_gain is not None and heads.key_gain is not None:
-            query.copy_(self.rms_norm(query, heads.query_gain, heads.eps))
-            key.copy_(self.rms_norm(key, heads.key_gain, heads.eps))
+            query.copy_(_normalise(query, heads.query_gain, heads.eps))
+            key.copy_(_normalise(key, heads.key_gain, heads.eps))
         cos, sin = table[rows.positions].to(qkv.dtype)[:, :, None].unbind(1)  # [T, 1, D / 2] each
         turned = split[:, : heads.queries + heads.keys]
         low, high = turned.chunk(2, dim=-1)
@@ -63,6 +62,12 @@ class TorchOps:
             for i in range(rows.singles, len(rows.row_lengths))
         )
         return torch.cat(parts).view(count, heads.queries * heads.dim)
+
+
+def _normalise(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """The last dimension over its root mean square, computed in float32 and rounded before it meets the gain."""
+    wide = x.float()
+    return gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _decode(query: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor) -> torch.Tensor:

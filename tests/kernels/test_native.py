@@ -67,12 +67,11 @@ def pool(rows: Rows, blocks: int, heads: Heads, block_size: int = BLOCK) -> torc
 @pytest.mark.parametrize(("features", "depth"), [(1, 1), (48, 64), (100, 90), (50, 513), (301, 1100)])
 def test_linear(native: NativeOps, count: int, features: int, depth: int) -> None:
     x, weight = random(count, depth), random(features, depth, seed=1)
-    bias, residual = random(features, seed=2), random(count, features, seed=3)
     packed = native.pack(weight)
     product = x.double() @ weight.double().T
-    for add in (None, bias, residual):
-        expected = product if add is None else product + add
-        found = native.linear(x, packed, features, add)
+    for bias in (None, random(features, seed=2)):
+        expected = product if bias is None else product + bias
+        found = native.linear(x, packed, features, bias)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * depth**0.5)
     indices = torch.tensor([0, features - 1, features // 2])
     assert torch.equal(native.rows(packed, indices), weight[indices])
@@ -82,7 +81,12 @@ def test_linear(native: NativeOps, count: int, features: int, depth: int) -> Non
 @pytest.mark.parametrize("width", [16, 90, 576])
 def test_norm_and_silu(native: NativeOps, count: int, width: int) -> None:
     x, gain = random(count, width) * 3, random(width, seed=1)
-    torch.testing.assert_close(native.rms_norm(x, gain, 1e-5), REFERENCE.rms_norm(x, gain, 1e-5), rtol=1e-5, atol=1e-6)
+    residual = random(count, width, seed=3)
+    found, total = native.add_norm(x.clone(), residual, gain, 1e-5)
+    expected, expected_total = REFERENCE.add_norm(x.clone(), residual, gain, 1e-5)
+    assert torch.equal(total, expected_total)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     gate_up = random(count, 2 * width, seed=2) * 20
     torch.testing.assert_close(native.silu_mul(gate_up), REFERENCE.silu_mul(gate_up), rtol=1e-5, atol=1e-6)
 
