@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .errors import HandoverFailed
 from .hashing import BlockHash
@@ -79,9 +80,9 @@ RouterMessage = Submit | Cancel | Move | Share | Resync | Ping
 # --- worker → router ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOut:
-    """One output token at an absolute position."""
+class TokenOut(NamedTuple):
+    """One output token at an absolute position. (A router makes thousands a second: a frozen dataclass takes five times
+    as long to make.)"""
 
     ticket: int
     position: int

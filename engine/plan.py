@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..common.types import TokenLogprob
 from .sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each sequence and step, and that would cost five times as much
 class Slice:
     """Compute KV of the sequence's positions start … start + count - 1. Where that reaches its `length` at planning
     time, the token at position `end` is sampled. The last token may be pending then: drawn by the step before, known to
@@ -24,7 +24,7 @@ class Slice:
 
     @classmethod
     def of(cls, sequence: Sequence, start: int, count: int) -> Slice:
-        return cls(sequence, start, count, start + count == sequence.length)
+        return cls(sequence, start, count, start + count == len(sequence.tokens) + sequence.pending)
 
     @property
     def end(self) -> int:
@@ -50,8 +50,7 @@ class StepPlan:
         return sum(s.count for s in self.slices)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """A token drawn for a slice, with its log-probability where the request asked for it."""
 
     token: int

@@ -3,7 +3,6 @@ anything."""
 
 from __future__ import annotations
 
-
 import pytest
 
 from baton.bench.engine import device, host
