@@ -21,8 +21,8 @@ TYPES = {
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The quantised types, and the element that a token's largest value becomes."""
 
-_LEAST_SCALE = torch.finfo(torch.float32).tiny
-_ROUND = 1.5 * 2**23
+LEAST_SCALE = torch.finfo(torch.float32).tiny
+ROUND = 1.5 * 2**23
 """Added and taken away, it rounds a small float32 to the nearest whole number, halves to the even one. `torch.round`
 would start a team of threads from 2048 elements on, where all else here does from 32768 on."""
 
@@ -35,10 +35,11 @@ def quantise(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     not finite either: a broken computation stays visible.
     """
     wide = values.float()
-    scales = (wide.abs().amax(-1) / LARGEST[dtype]).clamp_(min=_LEAST_SCALE)
+    # Times the reciprocal, because a device may well make that of a division by a number.
+    scales = (wide.abs().amax(-1) * (1.0 / LARGEST[dtype])).clamp_(min=LEAST_SCALE)
     wide = (wide / scales[..., None]).clamp_(-LARGEST[dtype], LARGEST[dtype])  # a quotient may round to beyond it
     if dtype == torch.int8:
-        wide.add_(_ROUND).sub_(_ROUND)
+        wide.add_(ROUND).sub_(ROUND)
     return wide.to(dtype), scales
 
 
