@@ -110,3 +110,33 @@ def _prefill(query: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor, se
         enable_gqa=heads.queries != heads.keys,
     )
     return out[0].transpose(0, 1)
+
+
+def verify(
+    query: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor, trees: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `attention.verify` computes, over a pool of the queries' type: one sequence after the other, each token's
+    sight written down as a mask. [B, Q, H, D] → [B, Q, H, D]"""
+    out = torch.zeros_like(query)
+    count, block_size = query.shape[1], kv.shape[3]
+    draft = torch.arange(count, device=query.device)
+    chain = (1 << draft + 1) - 1  # bits of a token and those before it
+    for i, length in enumerate(rows.lengths[: len(query)].tolist()):
+        if length == 0:
+            continue
+        bits = (chain if trees is None else trees[i])[:, None] >> draft & 1  # [Q, Q]
+        begin = int(rows.table_starts[i])
+        blocks = rows.tables[begin : begin + -(-length // block_size)]
+        key, value = kv[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]  # [G, length, D] each
+        seen = torch.arange(length - count, device=query.device)
+        place = length - count + bits.sum(1, keepdim=True) - 1
+        before = seen > place - heads.window if heads.window else torch.ones_like(seen, dtype=torch.bool)
+        mask = torch.cat((before.expand(count, -1), bits.bool()), dim=1)
+        out[i] = F.scaled_dot_product_attention(
+            query[i].transpose(0, 1)[None],
+            key[None],
+            value[None],
+            attn_mask=mask,
+            enable_gqa=heads.queries != heads.keys,
+        )[0].transpose(0, 1)
+    return out
