@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
 from . import attention_kernels as kernels
 from .ops import Heads, Rows
@@ -29,30 +28,36 @@ class Config:
     """How a kernel cuts its work.
 
     rows         of a tile of queries: sequence rows × query heads of a KV head
-    key_bytes    of a tile of keys, as the pool keeps them: what one stage of the pipeline copies, and as much of values
-    stages       of that pipeline: one is computed with, the others are on their way
+    values       of a tile of keys in two bytes or less each: half as many where the pool keeps float32
+    stages       of the pipeline: one tile of keys and values is computed with, the others are on their way
     resident     programs that shall share a multiprocessor, where the grid is ours to choose
     """
 
     rows: int
-    key_bytes: int
+    values: int
     warps: int
     stages: int
     resident: int = 1
 
-    def tokens(self, token_bytes: int) -> int:
-        """Of a tile: a power of two, as `tl.arange` wants it, and no fewer than a matrix unit takes."""
-        return min(max(self.key_bytes // token_bytes, 16), 128)
+    def tokens(self, dim: int, item_bytes: int) -> int:
+        """Of a tile: no fewer than a matrix unit takes."""
+        return min(max(2 * self.values // (dim * max(item_bytes, 2)), 16), 128)
 
 
-PREFILL = Config(rows=128, key_bytes=16384, warps=8, stages=3)
-UNIFORM = Config(rows=64, key_bytes=16384, warps=4, stages=3)
-SPLIT = Config(rows=64, key_bytes=16384, warps=4, stages=4, resident=2)
-"""Chosen by reasoning. A Hopper multiprocessor has 227 KiB of shared memory and gets about 25 bytes a nanosecond, so
-with a latency of 1 µs it must have 25 KiB on their way, and as much again while a program changes its sequence: two
-programs of three tiles in flight, 96 KiB each, have them. PREFILL: two warp groups share each tile of keys; one of 64
-tokens leaves registers for two products under way at once. UNIFORM, for `deterministic`: the least rows a warp group's
-matrix unit takes, because most tiles of a decode batch hold one row."""
+PREFILL = Config(rows=128, values=8192, warps=8, stages=3)
+UNIFORM = Config(rows=64, values=8192, warps=4, stages=3)
+SPLIT = Config(rows=32, values=8192, warps=4, stages=4, resident=2)
+SPLIT_WIDE = Config(rows=64, values=8192, warps=4, stages=3, resident=2)
+"""Chosen by reasoning, for a Hopper multiprocessor, which has 228 KiB of shared memory and gets about 25 bytes a
+nanosecond: with a latency of 1 µs it must have 25 KiB on their way, and more while a program goes to its next sequence.
+
+PREFILL      two groups of four warps share each tile of keys; a larger one would not leave a thread's 255 registers
+             enough for the scores and what is being fetched
+UNIFORM      for `deterministic`: the fewest rows that a matrix unit takes from shared memory, because most tiles of a
+             decode batch hold one row
+SPLIT        two programs a multiprocessor, each with three tiles of 32 KiB (bfloat16) on their way, 16 or 32 rows
+SPLIT_WIDE   more rows than that: a stage less, so that there still are two programs
+"""
 
 _CHUNK = 256
 _MERGED_ROWS = 4
@@ -111,15 +116,15 @@ def prefill(
         query, *pool.memory, out, rows.starts[first:], rows.lengths[first:], rows.tables, rows.table_starts[first:],
         sequences, first, _softmax_scale(heads), query.stride(0), out.stride(0), *pool.strides,
         group, heads.dim, pool.block_size, heads.window,
-        config.rows, config.tokens(pool.token_bytes), config.stages,
-        uniform, pool.scaled, _products(query.dtype, pool.scaled), num_warps=config.warps,
+        config.rows, config.tokens(heads.dim, pool.item_bytes), config.stages,
+        uniform, pool.scaled, _wide(query.dtype), num_warps=config.warps,
     )  # fmt: skip
     return out
 
 
 def decode(
     query: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor, kv_dtype: torch.dtype, *,
-    out: torch.Tensor | None = None, config: Config = SPLIT, programs: int | None = None,
+    out: torch.Tensor | None = None, config: Config | None = None, programs: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """One row of each of the first B sequences, its last token's: query [B, H, D] → [B, H, D]. See `verify`."""
     flat = None if out is None else out[:, None]
@@ -129,7 +134,7 @@ def decode(
 def verify(
     query: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor, kv_dtype: torch.dtype, *,
     trees: torch.Tensor | None = None, out: torch.Tensor | None = None,
-    config: Config = SPLIT, programs: int | None = None,
+    config: Config | None = None, programs: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The last Q tokens of each of the first B sequences, which are its draft: query [B, Q, H, D] → [B, Q, H, D].
 
@@ -143,8 +148,8 @@ def verify(
 
     Ideas: split KV (Flash-Decoding; Dao et al., 2023); equal parts of all sequences' tiles, whatever their lengths, for
     a grid that fits the device (Stream-K, Osama et al., 2023; LeanAttention, Sanovar et al., 2024); queries of one
-    sequence in one tile. The grid depends on B and the device only (`programs`: for each KV head, else as `config`
-    says).
+    sequence in one tile. The grid depends on B, Q and the device only. `config` and `programs`, the latter for each KV
+    head and tile of rows, replace what would be chosen.
     """
     batch, queries, group = len(query), query.shape[1], heads.queries // heads.keys
     if queries > 1 and query.stride(0) != queries * query.stride(1):
@@ -152,6 +157,7 @@ def verify(
     pool = _pool(kv, kv_dtype, heads)
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    config = config or (SPLIT if queries * group <= SPLIT.rows else SPLIT_WIDE)
     tile_rows = min(max(triton.next_power_of_2(queries * group), 16), config.rows)
     row_tiles = triton.cdiv(queries * group, tile_rows)
     if programs is None:
@@ -164,8 +170,8 @@ def verify(
         query, *pool.memory, out, parts, logs, pieces, rows.lengths, rows.tables, rows.table_starts, trees, batch,
         _softmax_scale(heads), query.stride(0) // queries, *pool.strides,
         heads.keys, group, queries, heads.dim, pool.block_size, heads.window, trees is not None,
-        tile_rows, config.tokens(pool.token_bytes), config.stages, _CHUNK,
-        pool.scaled, _products(query.dtype, pool.scaled), num_warps=config.warps,
+        tile_rows, config.tokens(heads.dim, pool.item_bytes), config.stages, _CHUNK,
+        pool.scaled, _wide(query.dtype), num_warps=config.warps,
     )  # fmt: skip
     merged_rows = min(triton.next_power_of_2(queries * group), _MERGED_ROWS)
     kernels.merge[(batch, heads.keys, triton.cdiv(queries * group, merged_rows))](
@@ -182,7 +188,7 @@ class _Pool:
     memory: tuple[torch.Tensor, torch.Tensor | None]
     strides: tuple[int, ...]
     block_size: int
-    token_bytes: int
+    item_bytes: int
     scaled: bool
 
 
@@ -191,7 +197,7 @@ def _pool(kv: torch.Tensor, dtype: torch.dtype, heads: Heads) -> _Pool:
     if dtype in LARGEST:
         kv, scales = split_rows(kv, dtype, heads.dim)
     strides = (*kv.stride()[:3], *((0, 0, 0) if scales is None else scales.stride()[:3]))
-    return _Pool((kv, scales), strides, kv.shape[3], heads.dim * kv.itemsize, scales is not None)
+    return _Pool((kv, scales), strides, kv.shape[3], kv.itemsize, scales is not None)
 
 
 def _softmax_scale(heads: Heads) -> float:
@@ -199,12 +205,10 @@ def _softmax_scale(heads: Heads) -> float:
     return math.log2(math.e) / math.sqrt(heads.dim)
 
 
-def _products(dtype: torch.dtype, scaled: bool) -> tl.dtype:
-    """The type that products are made in: the queries'. float16 has no room for probabilities times a value's scale,
-    and the interpreter multiplies bfloat16 wrongly."""
-    if _INTERPRETED or dtype == torch.float32:
-        return tl.float32
-    return tl.float16 if dtype == torch.float16 and not scaled else tl.bfloat16
+def _wide(dtype: torch.dtype) -> bool:
+    """Whether products are made in float32: the queries' type, or the interpreter's, which multiplies bfloat16
+    wrongly."""
+    return _INTERPRETED or dtype == torch.float32
 
 
 @functools.cache

@@ -46,6 +46,15 @@ def owner(total, tile, programs):
 # --- what both kernels do with a tile ---
 
 
+@triton.constexpr_function
+def _products(query, SCALED, WIDE):
+    """The type that products are made in: the queries', or float32. float16 has no room for a probability times the
+    scale of a value."""
+    if WIDE:
+        return tl.float32
+    return tl.bfloat16 if SCALED else query.dtype.element_ty
+
+
 @triton.jit
 def _blocks(table, tile, oldest, length, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
     """The block of each token of a tile."""
@@ -72,7 +81,7 @@ def _attend(
     dim = tl.arange(0, DIM)
     at = (block * element_block + token % BLOCK * DIM)[:, None] + dim[None, :]
     key = tl.load(elements + at, mask=there[:, None], other=0.0)
-    score = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee") * softmax_scale
+    score = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee")
     if SCALED:
         scale_at = block * scale_block + token % BLOCK
         score *= tl.load(scales + scale_at, mask=there, other=0.0)[None, :]
@@ -86,9 +95,9 @@ def _attend(
             seen = tl.where(ahead[None, :] < 0, seen, bit != 0)
         score = tl.where(seen & there[None, :], score, _LOWEST)
     new_top = tl.maximum(top, tl.max(score, 1))
-    base = tl.where(new_top == _LOWEST, 0.0, new_top)  # a row that has seen nothing yet
-    probability = tl.exp2(score - base[:, None])
-    shrink = tl.exp2(top - base)
+    base = tl.where(new_top == _LOWEST, 0.0, new_top * softmax_scale)  # a row that has seen nothing yet
+    probability = tl.exp2(score * softmax_scale - base[:, None])
+    shrink = tl.exp2(top * softmax_scale - base)
     sum = sum * shrink + tl.sum(probability, 1)
     if SCALED:
         probability *= tl.load(scales + scale_value + scale_at, mask=there, other=0.0)[None, :]
@@ -106,7 +115,7 @@ def prefill(
     query_stride, out_stride, element_block, element_value, element_head, scale_block, scale_value, scale_head,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    UNIFORM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+    UNIFORM: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """See `attention.prefill`. A program computes one tile of ROWS // GROUP rows of one sequence and KV head.
 
@@ -114,6 +123,7 @@ def prefill(
     program finds its sequence by binary search, and the host need know only how many rows and sequences there are.
     Late tiles, which see most, start first. UNIFORM: every tile of tokens goes through the same code.
     """
+    DOT: tl.constexpr = _products(query, SCALED, WIDE)
     QUERIES: tl.constexpr = ROWS // GROUP
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     low, high = 0, sequences
@@ -183,7 +193,7 @@ def prefill(
                 BLOCK, DIM, TOKENS, WINDOW, False, True, SCALED, DOT,
             )  # fmt: skip
             block = following
-    result = result / sum[:, None]
+    result = result / tl.where(sum == 0, 1.0, sum)[:, None]
     tl.store(out + line[:, None] * out_stride + inside, result.to(out.dtype.element_ty), mask=mine[:, None])
 
 
@@ -203,7 +213,7 @@ def split(
     query_stride, element_block, element_value, element_head, scale_block, scale_value, scale_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, TREE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    CHUNK: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+    CHUNK: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """See `attention.verify`. All tiles of all sequences, one after the other, are cut into one range for each program
     (axis 0) of a KV head (axis 1) and ROWS of its QUERIES × GROUP rows (axis 2).
@@ -213,6 +223,7 @@ def split(
     Programs and sequences both only go on, and never both stand still, so no two pieces have one slot. `pieces`
     [2, batch] tells `merge` where a sequence's pieces begin and how many they are.
     """
+    DOT: tl.constexpr = _products(query, SCALED, WIDE)
     total = tl.zeros((), tl.int64)
     for at in range(0, batch, CHUNK):
         total += tl.sum(_count(lengths, at + tl.arange(0, CHUNK), batch, QUERIES, WINDOW, TOKENS), 0)
@@ -269,14 +280,15 @@ def split(
                 BLOCK, DIM, TOKENS, WINDOW, TREE, True, SCALED, DOT,
             )  # fmt: skip
             block = following
-        result = result / tl.where(sum > 0, sum, 1.0)[:, None]
+        sum = tl.where(sum == 0, 1.0, sum)  # a row that sees nothing of this piece
+        result = result / sum[:, None]
         if (tile == first) & (stop == last):
             to = line[:, None] * (HEADS * GROUP * DIM) + inside
             tl.store(out + to, result.to(out.dtype.element_ty), mask=mine[:, None])
         else:
             slot = ((program + sequence) * HEADS + head).to(tl.int64) * (QUERIES * GROUP) + row
             tl.store(parts + slot[:, None] * DIM + dim[None, :], result, mask=mine[:, None])
-            tl.store(logs + slot, top + tl.log2(sum), mask=mine)
+            tl.store(logs + slot, top * softmax_scale + tl.log2(sum), mask=mine)
         if tile == first:
             tl.store(pieces + sequence, program + sequence)
             tl.store(pieces + batch + sequence, (owner(total, last - 1, programs) - program + 1).to(tl.int32))
@@ -330,6 +342,6 @@ def merge(
         sum = sum * shrink + tl.sum(weight, 0)
         result = result * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
         top = new_top
-    result = result / tl.where(sum > 0, sum, 1.0)[:, None]
+    result = result / tl.where(sum == 0, 1.0, sum)[:, None]
     line = (sequence * QUERIES + row // GROUP).to(tl.int64) * (HEADS * GROUP) + head * GROUP + row % GROUP
     tl.store(out + line[:, None] * DIM + dim[None, :], result.to(out.dtype.element_ty), mask=mine[:, None])
