@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Sequence as Listing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ class Speed:
 def sequence(number: int, tokens: Listing[int], room: int, logprobs: int | None = None) -> Sequence:
     """A sequence with blocks of its own for `room` tokens, in an order that is not the natural one."""
     count = -(-room // BLOCK)
-    blocks = list(range(number * count, (number + 1) * count))
+    blocks = array("i", range(number * count, (number + 1) * count))
     random.Random(number).shuffle(blocks)
     params = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True, logprobs=logprobs)
     return Sequence(("", number), Request(str(number), tuple(tokens), len(tokens), params), 0, 0.0, 0.0, blocks=blocks)

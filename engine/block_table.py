@@ -6,6 +6,8 @@ worker's own loop touches it.
 
 from __future__ import annotations
 
+from array import array
+
 from ..common.hashing import BlockHash, BlockHasher
 from .block_manager import BlockManager
 from .sequence import Sequence, SequenceKey
@@ -58,8 +60,8 @@ class BlockTable:
         if fresh > self.manager.available:
             self.manager.release(prefix)
             return False
-        sequence.blocks = prefix + self.manager.allocate(fresh)
-        sequence.computed = sequence.launched = len(prefix) * self.block_size
+        sequence.blocks = array("i", prefix + self.manager.allocate(fresh))
+        sequence.computed = len(prefix) * self.block_size
         self._sequences[sequence.key] = sequence
         return True
 
@@ -70,7 +72,7 @@ class BlockTable:
             return True
         if fresh > self.manager.available:
             return False
-        sequence.blocks += self.manager.allocate(fresh)
+        sequence.blocks.extend(self.manager.allocate(fresh))
         return True
 
     def advance(self, sequence: Sequence, count: int) -> None:
@@ -86,8 +88,8 @@ class BlockTable:
         """Take all blocks back; what is full and computed stays cached. Does nothing the second time."""
         if self._sequences.pop(sequence.key, None) is not None:
             self.manager.release(sequence.blocks)
-            sequence.blocks = []
-            sequence.computed = sequence.launched = sequence.pending = 0
+            sequence.blocks = array("i")
+            sequence.computed = 0
 
     def check(self) -> None:
         """Raises `BlockLeak` if any block is held by nobody that is known here, or held twice."""

@@ -18,7 +18,7 @@ from ..common.kv_format import KvFormat
 from ..kernels.converted import ConvertedKvOps
 from ..kernels.quantised import TYPES
 from ..kernels.select import select_ops
-from .batch import Batch, on_device
+from .batch import Batch
 from .group import RankGroup
 from .kv_pool import Allocator, KvPool, device_allocator, type_name
 from .model import Model
@@ -50,8 +50,8 @@ class Rank:
         """Logits [wanted rows, vocabulary] float32, on rank 0; elsewhere they are of no use. All ranks must be given
         the same batches in the same order. See `Model.forward`."""
         with torch.inference_mode():
-            tokens, wanted = on_device(batch.tokens, self.device), on_device(batch.wanted, self.device)
-            return self.model.forward(tokens, batch.rows(self.device), self.pool.kv, wanted, on_layer)
+            tokens, rows, wanted = batch.on(self.device)
+            return self.model.forward(tokens, rows, self.pool.kv, wanted, on_layer)
 
 
 def load_rank(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def _join(config: EngineConfig, followers: Followers) -> RankGroup:
 def _warm_up(runner: TorchRunner, room: int, config: EngineConfig) -> None:
     """A prefill chunk and a decode of throw-away tokens in the first blocks, which belong to nobody yet."""
     count = max(1, min(config.max_batch_tokens, room - 1))
-    blocks = list(range(-(-(count + 1) // config.block_size)))
+    blocks = array("i", range(-(-(count + 1) // config.block_size)))
     params = SamplingParams(max_tokens=1, temperature=0.0)
     request = Request("warm-up", (0,) * (count + 1), count + 1, params)
     sequence = Sequence(("", 0), request, 0, 0.0, 0.0, blocks=blocks)

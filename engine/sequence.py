@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from ..common.hashing import BlockHash
@@ -17,7 +18,8 @@ class Sequence:
 
     tokens        prompt and output so far, as far as they are known; KV exists for tokens[:computed]
     prompt_len    boundary between prompt and output (an earlier attempt's output lies beyond it)
-    blocks        ids of the KV blocks that hold positions [i * block_size, (i + 1) * block_size)
+    blocks        ids of the KV blocks that hold positions [i * block_size, (i + 1) * block_size); an array of int32, so
+                  that a step's block table is one join of bytes
     hashes        chained hashes of the leading full blocks, as far as they were needed
     computed      number of leading tokens whose KV is in the pool: steps that have ended computed it
     launched      the same, but counting what launched steps are computing as well: launched >= computed
@@ -31,7 +33,7 @@ class Sequence:
     arrival: float
     deadline: float
     tokens: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     hashes: list[BlockHash] = field(default_factory=list)
     computed: int = 0
     launched: int = 0

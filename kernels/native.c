@@ -370,10 +370,10 @@ static void attend(tile *t, int rows, long group, long dim, long position, long 
 }
 
 /* out [rows, queries dim] from qkv [rows, (queries + 2 keys) dim], rotated and stored. Sequence s has the rows
- * starts[s] .. starts[s + 1], which are its last tokens of lengths[s], and the blocks tables[s * width ...]. */
+ * starts[s] .. starts[s + 1], which are its last tokens of lengths[s], and the blocks from tables[table_starts[s]] on. */
 void attention(const float *qkv, const float *kv, float *out, long sequences, const int32_t *starts,
-               const int32_t *lengths, const int32_t *tables, long width, long queries, long keys, long dim,
-               long block, long window, int threads)
+               const int32_t *lengths, const int32_t *table_starts, const int32_t *tables, long queries, long keys,
+               long dim, long block, long window, int threads)
 {
     long group = queries / keys, tokens = group < TILE ? TILE / group : 1, stride = (queries + 2 * keys) * dim;
     long first[sequences + 1]; /* tiles before each sequence */
@@ -393,7 +393,7 @@ void attention(const float *qkv, const float *kv, float *out, long sequences, co
             for (long d = 0; d < dim; d++) t.query[r * dim + d] = query[d] * scale;
         }
         long position = lengths[s] - (starts[s + 1] - row);
-        attend(&t, rows, group, dim, position, window, tables + s * width, kv, keys, head, block);
+        attend(&t, rows, group, dim, position, window, tables + table_starts[s], kv, keys, head, block);
         for (int r = 0; r < rows; r++) {
             float *to = out + ((row + r / group) * queries + head * group + r % group) * dim;
             float share = 1.0f / sum16(load(t.total[r]));

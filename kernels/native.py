@@ -32,7 +32,7 @@ _SIGNATURES = {
         *(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT),
     ),
     "attention": (
-        *(_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG),
+        *(_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER),
         *(_LONG, _LONG, _LONG, _LONG, _LONG, _INT),
     ),
 }
@@ -105,7 +105,7 @@ class NativeOps:
         out = qkv.new_empty(len(qkv), heads.queries * heads.dim)
         self._library.attention(
             *(qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), len(rows.row_lengths)),
-            *(rows.starts.data_ptr(), rows.lengths.data_ptr(), rows.tables.data_ptr(), rows.tables.shape[1]),
+            *(rows.starts.data_ptr(), rows.lengths.data_ptr(), rows.table_starts.data_ptr(), rows.tables.data_ptr()),
             *(heads.queries, heads.keys, heads.dim, kv.shape[3], heads.window, self._threads),
         )
         return out
@@ -118,8 +118,10 @@ class NativeOps:
 
         tokens, heads = 40, Heads(queries=2, keys=1, dim=16)
         steps = torch.arange(tokens)
-        start, length, table = (torch.tensor(v, dtype=torch.int32) for v in ([0, tokens], [tokens], [[0, 1, 2]]))
-        rows = Rows(steps, steps, start, length, table, 0, (0, tokens), (tokens,))
+        starts, lengths, tables, ends = (
+            torch.tensor(values, dtype=torch.int32) for values in ([0, tokens], [tokens], [0, 1, 2], [0, 3])
+        )
+        rows = Rows(steps, steps, starts, lengths, tables, ends, 0, (0, tokens), (tokens,))
         x, kv = numbers(tokens, 600), torch.zeros(3, 2, 1, 16, 16)
         normed, total = self.add_norm(x, x.flip(1), numbers(600), 1e-5)
         qkv = self.linear(normed + total, self.pack(numbers(64, 600)), 64)

@@ -20,7 +20,8 @@ class Rows:
     slots         [T] int64: block * block_size + offset, where the row's K and V are kept
     starts        [S + 1] int32: first row of each sequence, then T
     lengths       [S] int32: tokens of the sequence whose K and V exist once this step's are stored
-    tables        [S, W] int32: the sequence's blocks, padded with 0
+    tables        [N] int32: the blocks of all sequences, one sequence after the other
+    table_starts  [S + 1] int32: where each sequence's blocks begin in `tables`, then N. It may hold more than it needs
     singles       sequences with one row; they come first
     row_starts, row_lengths      starts and lengths as Python integers
     """
@@ -30,6 +31,7 @@ class Rows:
     starts: torch.Tensor
     lengths: torch.Tensor
     tables: torch.Tensor
+    table_starts: torch.Tensor
     singles: int
     row_starts: tuple[int, ...]
     row_lengths: tuple[int, ...]

@@ -74,7 +74,8 @@ def _decode(query: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor) -> 
     """All sequences with one row at once: gather their contexts, padded to the longest. [B, H, D] → [B, H, D]"""
     batch, block_size = len(query), kv.shape[3]
     longest = max(rows.row_lengths[:batch])
-    blocks = rows.tables[:batch, : -(-longest // block_size)].long()
+    places = rows.table_starts[:batch, None] + torch.arange(-(-longest // block_size), device=query.device)
+    blocks = rows.tables[places.clamp_(max=len(rows.tables) - 1)]  # beyond a sequence's own: masked below
     context = kv[blocks].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [2, B, G, W * block_size, D]
     seen = torch.arange(context.shape[3], device=query.device)
     length = rows.lengths[:batch, None]
@@ -92,7 +93,8 @@ def _decode(query: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor) -> 
 def _prefill(query: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor, sequence: int) -> torch.Tensor:
     """One sequence's chunk, whose first row may lie behind a computed or cached prefix. [N, H, D] → [N, H, D]"""
     length, block_size, count = rows.row_lengths[sequence], kv.shape[3], len(query)
-    blocks = rows.tables[sequence, : -(-length // block_size)].long()
+    begin = int(rows.table_starts[sequence])
+    blocks = rows.tables[begin : begin + -(-length // block_size)]
     key, value = kv[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]  # [G, length, D] each
     mask = None
     if count < length or heads.window:

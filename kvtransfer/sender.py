@@ -5,7 +5,7 @@ Knows nothing of what is handed over but its blocks and how it is called; what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ class Subject(Protocol):
     def key(self) -> Hashable: ...
 
     @property
-    def blocks(self) -> list[int]: ...
+    def blocks(self) -> Sequence[int]: ...
 
     @property
     def attempt(self) -> int: ...

@@ -49,7 +49,7 @@ def test_the_youngest_gives_way_and_comes_back() -> None:
     old, young = joined(planner, table, 1, 8), joined(planner, table, 2, 8)
     while planner.preemptions == 0:
         step(planner, table)
-    assert planner.preempted == [young] and planner.running == [old] and young.blocks == []
+    assert planner.preempted == [young] and planner.running == [old] and not young.blocks
     planner.remove(old)
     plan = step(planner, table)
     assert plan.slices[0].sequence is young and planner.preempted == []

@@ -52,7 +52,7 @@ def test_a_refused_admission_takes_nothing() -> None:
     assert not books.admit(second, 15, 16)
     assert not books.grow(first, 17)
     books.check()
-    assert second.blocks == [] and len(first.blocks) == 2
+    assert not second.blocks and len(first.blocks) == 2
 
 
 def test_generated_tokens_extend_the_chain() -> None:

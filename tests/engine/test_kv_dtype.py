@@ -56,7 +56,7 @@ def test_converted_rows_are_those_that_the_engine_computes(checkpoint: Path, kv_
     for each in (exact, engine):
         advance(each, [(sequence(tokens, 1), 80)])
         first_layer = each.pool.flat.view(each.format.num_layers, each.num_blocks, -1)[0]
-        rows.append(first_layer[owner.blocks[:5]].view(-1, each.format.row_bytes))
+        rows.append(first_layer[owner.blocks[:5].tolist()].view(-1, each.format.row_bytes))
     assert torch.equal(convert_rows(rows[0], "float32", kv_dtype, 16, engine.format.head_dim), rows[1])
 
 

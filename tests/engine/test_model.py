@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Listing
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def start(path: Path, **settings: Any) -> Engine:
 def sequence(tokens: Listing[int], first_block: int, number: int = 0, **params: Any) -> Sequence:
     """A sequence with 20 blocks of 16 tokens, in an order that is not the natural one."""
     settings = SamplingParams(**({"max_tokens": 1000, "temperature": 0.0} | params))
-    blocks = [first_block + (i * 7) % 20 for i in range(20)]
+    blocks = array("i", [first_block + (i * 7) % 20 for i in range(20)])
     return Sequence(
         ("", number), Request(str(number), tuple(tokens), len(tokens), settings), 0, 0.0, 0.0, blocks=blocks
     )

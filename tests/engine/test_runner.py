@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ def engine(checkpoint: Path) -> Engine:
     return start(checkpoint)
 
 
-def kept(engine: Engine, blocks: list[int], count: int) -> list[torch.Tensor]:
+def kept(engine: Engine, blocks: Sequence[int], count: int) -> list[torch.Tensor]:
     """Elements and scales of the first `count` tokens that `blocks` hold, layer by layer."""
-    pool = engine.pool
+    pool, blocks = engine.pool, list(blocks)
     found = [layer[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :count].float() for layer in pool.layers]
     return found + [layer[blocks].permute(1, 2, 0, 3).flatten(2, 3)[:, :, :count] for layer in pool.scales]
 

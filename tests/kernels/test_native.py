@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,11 +34,10 @@ def batch(parts: Sequence[tuple[int, int]], block_size: int = BLOCK) -> tuple[Ro
     """Rows for sequences of (length, rows that are new), on blocks in random order; and the number of blocks."""
     held = [-(-length // block_size) for length, _ in parts]
     order = torch.randperm(sum(held) + 3, generator=torch.Generator().manual_seed(1)).tolist()
-    tables = torch.zeros(len(parts), max(held), dtype=torch.int32)
-    positions, slots, starts = [], [], [0]
+    positions, slots, starts, tables = [], [], [0], []
     for i, (length, count) in enumerate(parts):
         blocks = [order.pop() for _ in range(held[i])]
-        tables[i, : held[i]] = torch.tensor(blocks, dtype=torch.int32)
+        tables += blocks
         positions += range(length - count, length)
         slots += [blocks[p // block_size] * block_size + p % block_size for p in range(length - count, length)]
         starts.append(starts[-1] + count)
@@ -46,7 +46,8 @@ def batch(parts: Sequence[tuple[int, int]], block_size: int = BLOCK) -> tuple[Ro
         slots=torch.tensor(slots),
         starts=torch.tensor(starts, dtype=torch.int32),
         lengths=torch.tensor([length for length, _ in parts], dtype=torch.int32),
-        tables=tables,
+        tables=torch.tensor(tables, dtype=torch.int32),
+        table_starts=torch.tensor([0, *itertools.accumulate(held)], dtype=torch.int32),
         singles=sum(count == 1 for _, count in parts),
         row_starts=tuple(starts),
         row_lengths=tuple(length for length, _ in parts),
@@ -58,8 +59,9 @@ def pool(rows: Rows, blocks: int, heads: Heads, block_size: int = BLOCK) -> torc
     """Random K and V where sequences have tokens, NaN everywhere else."""
     kv = torch.full((blocks, 2, heads.keys, block_size, heads.dim), float("nan"))
     for i, length in enumerate(rows.row_lengths):
+        table = rows.tables[rows.table_starts[i] :]
         for p in range(length):
-            kv[rows.tables[i, p // block_size], :, :, p % block_size] = random(2, heads.keys, heads.dim, seed=p + 9 * i)
+            kv[table[p // block_size], :, :, p % block_size] = random(2, heads.keys, heads.dim, seed=p + 9 * i)
     return kv
 
 

@@ -133,7 +133,7 @@ class Control:
         for role in self.worker.loop.roles:
             for sequence in role.sequences():
                 if sequence.key[1] == 10_000 + handover_id:
-                    return sequence.blocks
+                    return sequence.blocks.tolist()
         raise AssertionError("granted, and not there")
 
 

@@ -58,7 +58,7 @@ class FirstRunner(ToyRunner):
         followers.subscribe("read", lambda _, halves: self._theirs.put(halves))
 
     def forward(self, slices: Sequence[Slice], on_layer: OnLayer | None) -> None:
-        told = [(part.sequence.tokens, part.sequence.blocks, part.start, part.count) for part in slices]
+        told = [(part.sequence.tokens, list(part.sequence.blocks), part.start, part.count) for part in slices]
         self._followers.send("run", told)
         super().forward(slices, on_layer)
         try:
