@@ -21,6 +21,7 @@ import msgspec
 
 from ...common.config import ControllerConfig, GatewayConfig, WorkerConfig, to_json
 from ..models import ImportJob
+from .gpus import Gpus, installed
 
 Config = WorkerConfig | GatewayConfig | ControllerConfig | ImportJob
 
@@ -42,7 +43,8 @@ MAX_LINE = 64 << 10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
     """What a worker needs of the node that it is placed on. `cpus`, `gpus` and `custom` are for each of its `ranks`,
-    which all go to one node. On one machine nothing is placed, and nothing of this counts.
+    which all go to one node. On one machine only `gpus` counts: each rank sees the one that it is given, and with 0 a
+    worker sees all of them.
 
     accelerator_type    as Ray names it: H100
     custom              (name, amount) of Ray's custom resources
@@ -143,6 +145,8 @@ class LocalProcess:
     name: str
     child: asyncio.subprocess.Process
     log: Callable[[str, str], None]
+    give_back: Callable[[], None] = lambda: None
+    """Called when it has ended."""
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     node: str = ""
     _reader: asyncio.Task[None] | None = None
@@ -154,6 +158,7 @@ class LocalProcess:
     async def wait(self) -> int:
         code = await self.child.wait()
         self.kill()  # what it started and left behind
+        self.give_back()
         if self._reader is not None:
             await asyncio.wait({self._reader}, timeout=1.0)
         return code
@@ -200,17 +205,23 @@ class LocalLauncher:
     """Gets each line that a child logs, with the child's name."""
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "baton.deploy.process")
     """-P: the current folder must not become a place to import from."""
+    gpus: Gpus = field(default_factory=lambda: Gpus(installed()))
 
     async def start(self, spec: Spec) -> LocalProcess:
-        child = await asyncio.create_subprocess_exec(
-            *self.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | _thread_limits(spec.threads),
-        )
-        process = LocalProcess(spec.name, child, self.log)
+        ranks, share = spec.resources.ranks, spec.resources.gpus
+        devices = await self.gpus.take(ranks, share) if share else ()
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+        with contextlib.ExitStack() as taken:
+            taken.callback(self.gpus.give_back, devices, share)
+            child = await asyncio.create_subprocess_exec(
+                *self.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | _thread_limits(spec.threads) | visible,
+            )
+            process = LocalProcess(spec.name, child, self.log, taken.pop_all().close)
         process.follow()
         assert child.stdin is not None
         child.stdin.write(to_line(spec))

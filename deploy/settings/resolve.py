@@ -115,7 +115,7 @@ def _pool(given: _Given, config: ServeConfig, name: str) -> PoolConfig:
         **({"count": 1} | own),
     )
     _check_size(given, pool)
-    _check_gpus(given, pool, config.launcher)
+    _check_gpus(given, pool)
     return pool
 
 
@@ -128,7 +128,7 @@ def _check_size(given: _Given, pool: PoolConfig) -> None:
         given.refuse(why, f"{at}.count", f"{at}.min", f"{at}.max")
 
 
-def _check_gpus(given: _Given, pool: PoolConfig, launcher: str) -> None:
+def _check_gpus(given: _Given, pool: PoolConfig) -> None:
     """Each rank computes on one GPU, or on a part of one that it shares with ranks of other workers."""
     gpus, tp, device = pool.resources.gpus, pool.engine.tp, pool.engine.device
     path, at = f"pools.{pool.name}.resources.gpus", f"pools.{pool.name}.engine.device"
@@ -136,8 +136,6 @@ def _check_gpus(given: _Given, pool: PoolConfig, launcher: str) -> None:
         given.refuse(f"{gpus:g} is for each rank (there are {tp}, by engine.tp), and a rank uses one GPU at most", path)
     if 0 < gpus < 1 and tp > 1:
         given.refuse(f"{gpus:g} of a GPU for each of {tp} ranks: ranks of one worker need a GPU each", path)
-    if gpus and launcher == "local":
-        given.refuse("the launcher local gives out no GPUs, each worker sees all of them: use the launcher ray", path)
     if gpus and device == "cpu":
         given.refuse("GPUs are asked for, but engine.device is cpu", path, at)
 

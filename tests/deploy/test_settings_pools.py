@@ -153,10 +153,6 @@ def test_what_is_wrong_with_a_field_is_named_with_its_line(tmp_path: Path, text:
             "launcher: ray\nengine: {device: cpu}\npools:\n  p: {role: prefill, resources: {gpus: 1}}\n",
             "FILE:4: pools.p.resources.gpus: GPUs are asked for, but engine.device is cpu",
         ),
-        (
-            "pools:\n  p: {role: prefill, resources: {gpus: 1}}\n  d: {role: decode}\n",
-            "FILE:2: pools.p.resources.gpus: the launcher local gives out no GPUs",
-        ),
         ("autoscale: {min_decode: 3, max_decode: 2}\n", "FILE:1: autoscale.min_decode: min_decode 3 is above"),
     ],
 )
