@@ -62,7 +62,7 @@ def generate(engine: Engine, sequences: Listing[Sequence], count: int, chunk: in
         for index, tokens in parts:
             plan.add(sequences[index], tokens)
         for (index, tokens), sampled in zip(parts, engine.runner.launch(plan).results(), strict=True):
-            sequences[index].computed += tokens
+            sequences[index].launched += tokens
             if sampled is not None:
                 sequences[index].tokens.append(sampled.token)
                 outputs[index].append(sampled)
