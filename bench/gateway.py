@@ -29,7 +29,7 @@ from ..deploy.control.members import Gateways, GatewayStream
 from ..deploy.launch.launcher import LocalLauncher, Spec
 from ..protos.control import controller_handlers
 from ..protos.rpc import listen, make_server
-from .report import Quantiles
+from .quantiles import Quantiles
 from .standin import NAME
 from .systems import free_port, wait_ready
 from .wire import HttpClient

@@ -1,28 +1,48 @@
 #!/usr/bin/env bash
-# What needs a GPU, in one call of under 9 minutes: the tests in tests/gpu, then the engine on CUDA against the engine
-# on CPU, then tokens/s of models with real shapes and made-up weights, then the speed of the KV handover.
+# What needs a GPU, in one call of under 9 minutes, the most important first: the tests in tests/gpu, the engine against
+# the ceilings of the device, two worker processes on one GPU against one, each kernel against its roofline, and the
+# speed of the KV handover.
 #
-# For images that have torch, transformers, tokenizers, safetensors and numpy, and nothing of ours installed. What an
-# image lacks can be carried: pip install --target DIR --only-binary=:all: --python-version 3.12 \
-# msgspec msgpack xxhash grpcio protobuf pytest, with the image's version of Python, and PYTHONPATH=DIR there.
-# It ends at once, with code 2, and names what is missing. Results go to $OUT, or to bench/results/; the exit code is 0
-# only if everything ran and was right.
+# For an image with torch 2.11, triton 3.6 and Python 3.12, and nothing of ours installed. What it lacks can be carried:
+# pip install --target DIR --only-binary=:all: --python-version 3.12 msgspec, with the image's version of Python, and
+# PYTHONPATH=DIR there. It ends at once, with code 2, and names what is missing.
 #
-#   bench/gpu_check.sh                              # all of it
-#   MODELS="llama-3.1-8b" bench/gpu_check.sh        # only this shape
+# Each part has a hard limit and writes what it has found as it goes, so that a part which is cut leaves results. They
+# go to $OUT, or to bench/results/: *.json and a log of each part. The exit code is 0 only if everything ran and was
+# right; otherwise the last lines say which parts did not.
+#
+#   bench/gpu_check.sh                          # all of it
+#   PARTS="tests kernels" bench/gpu_check.sh    # only these
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
-failed=0
+parts=${PARTS:-tests engine pair kernels kvtransfer}
+failed=()
 
 "$python" -m baton.bench.gpu_needs || exit 2
 mkdir -p "$out"
 
-timeout 180 "$python" -m pytest tests/gpu -p no:cacheprovider -o addopts="--import-mode=importlib -q" || failed=1
-timeout 240 "$python" -m baton.bench.gpu_engine --out "$out" ${MODELS:+--models "$MODELS"} || failed=1
-timeout 110 "$python" -m baton.bench.gpu_kvtransfer --out "$out" || failed=1
-exit "$failed"
+# run PART SECONDS ARGUMENTS...: python with these, for so long at most.
+run() {
+    local part=$1 limit=$2 begin=$SECONDS
+    shift 2
+    [[ " $parts " == *" $part "* ]] || return 0
+    echo "=== $part (at most $limit s)"
+    timeout --kill-after=3 "$limit" "$python" "$@" 2>&1 | tee "$out/$part.log"
+    local code=${PIPESTATUS[0]}
+    [[ $code -eq 0 ]] || failed+=("$part: code $code")
+    echo "=== $part: code $code after $((SECONDS - begin)) s"
+}
+
+# 525 s in all, with the seconds that killing takes.
+run tests 100 -m pytest tests/gpu -p no:cacheprovider -o addopts="--import-mode=importlib -q" --durations=10
+run engine 190 -m baton.bench.engine --out "$out"
+run pair 95 -m baton.bench.engine.pair --out "$out"
+run kvtransfer 40 -m baton.bench.gpu_kvtransfer --out "$out"
+
+for part in "${failed[@]}"; do echo "not all right: $part" >&2; done
+[[ ${#failed[@]} -eq 0 ]]

@@ -16,6 +16,7 @@ NEEDED = {
     "xxhash": "xxhash",
     "grpc": "grpcio",
     "google.protobuf": "protobuf",
+    "yaml": "pyyaml",
     "pytest": "pytest",
 }
 """What is imported, and the package that it comes in."""

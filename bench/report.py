@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,24 +13,7 @@ from rich.table import Table
 
 from .client import Sample
 from .load import Run
-
-
-@dataclass(frozen=True, slots=True)
-class Quantiles:
-    """Of one latency, in seconds; NaN where nothing was measured."""
-
-    p50: float
-    p90: float
-    p99: float
-    mean: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Quantiles:
-        data = np.fromiter(values, dtype=float)
-        if not data.size:
-            return cls(*[float("nan")] * 4)
-        p50, p90, p99 = np.percentile(data, (50, 90, 99))
-        return cls(float(p50), float(p90), float(p99), float(data.mean()))
+from .quantiles import Quantiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .compare import COLOCATED, HALF, LONG_PROMPT, PAIR, TRANSFORMERS, Measured
-from .report import Quantiles
+from .quantiles import Quantiles
 
 BARS = {1: 2.0, 8: 1.8, 32: 1.5}
 """Tokens/s of Baton colocated over transformers that a run has to reach, by concurrency."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -25,6 +26,14 @@ def read_line() -> bytes:
             sys.exit("this is started by `baton serve`, with its configuration on standard input")
         line += data
     return line
+
+
+def show_as(name: str) -> None:
+    """What `ps` shows of this process. Where the package for it is missing, that is the command line, as ever."""
+    with contextlib.suppress(ModuleNotFoundError):
+        import setproctitle
+
+        setproctitle.setproctitle(f"baton {name}")
 
 
 def die_with(parent: int) -> None:

@@ -11,10 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
-import setproctitle
-
 from ..common import log
-from ..common.child import EXIT_CONFIG, EXIT_FAILED, die_with, read_line
+from ..common.child import EXIT_CONFIG, EXIT_FAILED, die_with, read_line, show_as
 from ..common.config import ControllerConfig, GatewayConfig, WorkerConfig, from_json
 from ..common.errors import BatonError
 from .launch.launcher import Envelope
@@ -26,7 +24,7 @@ logger = logging.getLogger("baton")
 def main() -> int:
     """Read the configuration, become that process, and return its exit code."""
     envelope = from_json(read_line(), Envelope)
-    setproctitle.setproctitle(f"baton {envelope.name}")
+    show_as(envelope.name)
     log.setup(envelope.name)
     die_with(envelope.parent)
     try:

@@ -10,10 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import setproctitle
-
 from ..common import log
-from ..common.child import EXIT_FAILED, die_with, read_line
+from ..common.child import EXIT_FAILED, die_with, read_line, show_as
 from ..common.config import from_json
 from ..common.errors import BatonError, WorkerLost
 from ..engine.batch import Batch
@@ -32,7 +30,7 @@ def main() -> int:
     """Read the configuration, be that rank, and return the process's exit code."""
     config = from_json(read_line(), RankConfig)
     name = f"{config.worker.name}/{config.rank}"
-    setproctitle.setproctitle(f"baton {name}")
+    show_as(name)
     log.setup(name)
     die_with(config.parent)
     try:

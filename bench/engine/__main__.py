@@ -7,7 +7,6 @@ file is written after each thing that was measured, so that a run cut short leav
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -92,7 +91,7 @@ class Bench:
                     begin = time.perf_counter()
                     loop.step(self.workload.idle_steps)
                     step_s = (time.perf_counter() - begin) / self.workload.idle_steps
-                    seen = profile(lambda: loop.step(self.workload.idle_steps)) if cuda else None  # noqa: B023
+                    seen = profile(lambda: loop.step(self.workload.idle_steps)) if cuda else None
                 found = {"batch": batch, "overlap": overlap, "step_s": step_s}
                 self.say("idle", found | (asdict(seen) if seen else {}))
 
@@ -131,14 +130,6 @@ def parts(wanted: str, config: EngineConfig, workload: Workload, say: Callable[[
         if name in wanted:
             part()
             yield name
-    if "deterministic" in wanted:  # its cost: the same steps again
-        del bench, engine
-        gc.collect()
-        torch.cuda.empty_cache()
-        config = replace(config, deterministic=True)
-        engine, _ = build(config)
-        Bench(engine, config, costs, ceilings, workload, say).steps("deterministic")
-        yield "deterministic"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,7 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder of the result file; default: bench/results")
     options = parser.parse_args(arguments)
     if options.device != "cpu" and not torch.cuda.is_available():
-        print("baton bench engine: no CUDA device here; --device cpu --tiny proves the code without one", file=sys.stderr)
+        print(
+            "baton bench engine: no CUDA device here; --device cpu --tiny proves the code without one", file=sys.stderr
+        )
         return 2
     config = EngineConfig(
         model=str(options.model), device=options.device, kv_dtype=options.kv_dtype, dummy_weights=True,

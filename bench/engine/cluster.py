@@ -77,7 +77,9 @@ async def cluster(model: Path, settings: Mapping[str, Any]) -> AsyncIterator[Rou
     server = rpc.make_server(TOKEN, controller_handlers(reports))
     place = Place(model, model.name, rpc.listen(server, HOST, 0), 0, TOKEN)
     logs = LogTails(lambda name, line: log.info("%s: %s", name, line))
-    keeper = Keeper({"": LocalLauncher(logs)}, logs, RestartPolicy(max_deaths=1), RealClock(), log.warning, reports.lose)
+    keeper = Keeper(
+        {"": LocalLauncher(logs)}, logs, RestartPolicy(max_deaths=1), RealClock(), log.warning, reports.lose
+    )
     router = Router("bench", RouterConfig(max_requests=MAX_REQUESTS), TOKEN)
     await server.start()
     try:
@@ -87,7 +89,7 @@ async def cluster(model: Path, settings: Mapping[str, Any]) -> AsyncIterator[Rou
         await reports.ready(len(workers))
         await router.start(_members(tuple(reports.workers.values())))
         async with asyncio.timeout(READY_TIMEOUT_S):
-            while router.ready()[0] != "ready":
+            while router.ready()[0] != "ready":  # noqa: ASYNC110 - the router has no event of it
                 await asyncio.sleep(LOOK_S)
         yield router
     finally:

@@ -85,6 +85,11 @@ class ClosedLoop:
         self._post = inbox.post
         self._post(RouterJoined(ROUTER))
 
+    @property
+    def live(self) -> int:
+        """Requests that have been submitted and not ended."""
+        return len(self._live)
+
     def fill(self, load: Load, spread: bool = True) -> None:
         """Submit the first requests, and go round until all of them decode. `spread`: see the top of this file."""
         self._load = load
@@ -159,5 +164,3 @@ def closed_loop(
         yield loop
     finally:
         loop.close()
-
-

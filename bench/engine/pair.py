@@ -20,8 +20,8 @@ from typing import Any
 from ...common.errors import BatonError
 from ...common.types import Request, SamplingParams
 from ...router.service import Router
+from ..quantiles import Quantiles
 from ..record import write
-from ..report import Quantiles
 from .cluster import cluster
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -66,6 +66,7 @@ class Heard:
 
     sent: float
     times: list[float] = field(default_factory=list)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
     ended: bool = False
 
     @property
@@ -98,10 +99,12 @@ async def play(system: str, router: Router, scenario: Scenario, seed: int = 0) -
         for _ in range(scenario.decoding):
             heard = Heard(time.perf_counter())
             decoding.append(heard)
-            listeners.append(group.create_task(_listen(router, _request(rng, scenario.context, scenario.longest), heard)))
+            listeners.append(
+                group.create_task(_listen(router, _request(rng, scenario.context, scenario.longest), heard))
+            )
         async with asyncio.timeout(START_TIMEOUT_S):
-            while not all(heard.times for heard in decoding):
-                await asyncio.sleep(0.01)
+            for heard in decoding:
+                await heard.begun.wait()
         begin = time.perf_counter()
         due = begin
         answers = []
@@ -134,6 +137,7 @@ async def _listen(router: Router, request: Request, heard: Heard) -> None:
         while not heard.ended:
             batch = await stream.next()
             heard.times += [time.perf_counter()] * len(batch.tokens)
+            heard.begun.set()
             heard.ended = batch.finish is not None
     finally:
         stream.cancel()
@@ -150,7 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="1P1D against colocated, on one GPU.")
     parser.add_argument("--model", type=Path, default=CONFIGS / "llama-3.1-8b", help="folder with a config.json")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--gpus", type=float, default=1.0, help="GPUs for all workers of a system together; 0: no limit")
+    parser.add_argument(
+        "--gpus", type=float, default=1.0, help="GPUs for all workers of a system together; 0: no limit"
+    )
     parser.add_argument("--kv-gib", type=float, default=32.0, help="KV pools of a system's workers together")
     parser.add_argument("--rates", default="4,8", help="long prompts a second")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each rate")
@@ -171,7 +177,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{system}: {errors.exceptions[0]}", file=sys.stderr, flush=True)
         for row in found:
             print(row, flush=True)
-        parameters = {"scenarios": [asdict(s) for s in scenarios], "kv_gib": options.kv_gib, "model": options.model.name}
+        parameters = {
+            "scenarios": [asdict(s) for s in scenarios],
+            "kv_gib": options.kv_gib,
+            "model": options.model.name,
+        }
         write("engine_pair", "engine_pair", [asdict(row) for row in found], parameters, options.out)
     return 1 if failed or any(row.answered < row.arrived for row in found) else 0
 

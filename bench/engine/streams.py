@@ -21,7 +21,7 @@ from ...common.config import RouterConfig
 from ...common.errors import NotReady
 from ...common.types import Request, SamplingParams
 from ...router.service import RequestStream, Router
-from ..report import Quantiles
+from ..quantiles import Quantiles
 
 LOOKS, LOOK_S = 1000, 0.02
 

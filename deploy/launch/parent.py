@@ -19,8 +19,8 @@ from typing import Any
 
 import httpx
 import msgspec
-import setproctitle
 
+from ...common.child import show_as
 from ...common.clock import Clock, RealClock
 from ...common.config import ControllerConfig, GatewayConfig
 from ...common.errors import BatonError, InvalidRequest
@@ -222,7 +222,7 @@ def serve(config: ServeConfig, converter: Callable[[Display], models.Convert]) -
     source = models.find(config.model)
     door = claim_port(config.host, config.port)
     admin = claim_port(config.admin_host, config.admin_port)
-    setproctitle.setproctitle("baton serve")  # `ps` shows what it is, and no longer a key among its arguments
+    show_as("serve")  # `ps` shows what it is, and no longer a key among its arguments
     display = make_display()
     logs = LogTails(_log_files(config.log_dir) if config.log_dir else display.log)
     local = LocalLauncher(log=logs)

@@ -61,7 +61,6 @@ def test_generate_gives_the_same_in_chunks_of_any_size(tmp_path):
     assert compare("x", whole, pieces).good
 
 
-
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 H100 = Ceilings("H100", "bfloat16", copy=3.0e12, product=700e12)
@@ -160,10 +159,10 @@ def test_a_closed_loop_keeps_so_many_requests_and_leaves_nothing(tmp_path: Path)
     )
     engine = build_engine(config, lambda share: None)
     with closed_loop(engine, Load(6, 20, 12), 64, overlap=False) as loop:
-        assert loop.loop.load().running == 6
+        assert loop.live == 6
         window = loop.run(0.2)
         assert window.finished and window.tokens and window.steps and not window.preemptions
-        assert loop.loop.load().running + loop.loop.load().waiting == 6
+        assert loop.live == 6
     report = loop.loop.inspect()
     assert report.ok and report.sequences == 0 and report.free_blocks + report.cached_blocks == report.total_blocks
 

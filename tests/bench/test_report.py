@@ -12,7 +12,8 @@ from rich.console import Console
 from baton.bench import machine, plot, record, report
 from baton.bench.client import Sample
 from baton.bench.load import Run
-from baton.bench.report import Quantiles, Slo, summarise
+from baton.bench.quantiles import Quantiles
+from baton.bench.report import Slo, summarise
 from baton.common.errors import BatonError, InvalidRequest
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from baton.bench.report import Quantiles
+from baton.bench.quantiles import Quantiles
 from baton.bench.simulate import Shape, Simulated, simulate
 from baton.bench.virtual import Costs, World, next_token
 from baton.bench.workload import Job, Words, poisson, random_jobs

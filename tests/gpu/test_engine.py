@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baton.bench.gpu_engine import TOP, agreement, generate, sequence
+from baton.bench.engine.agreement import TOP, agreement, generate, sequence
 from baton.common.config import EngineConfig
 from baton.engine.runner import build_engine
 from baton.kernels.quantised import TYPES, quantise

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from baton.bench.gpu_engine import generate, sequence
+from baton.bench.engine.agreement import generate, sequence
 from baton.bench.gpu_kvtransfer import LLAMA_8B, Pair
 from baton.common.config import EngineConfig, HandoverConfig
 from baton.common.errors import TransportFailed
