@@ -360,3 +360,31 @@ def _numbers(text: str, kind: type[N]) -> tuple[N, ...]:
     if any(number <= 0 for number in numbers):
         raise typer.BadParameter(f"{text!r}: numbers above 0 are wanted")
     return numbers
+
+
+REST = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Of commands whose options belong to the module that they start, which must run without this one's packages too."""
+
+
+@app.command(context_settings=REST, add_help_option=False)
+def kernels(context: typer.Context) -> None:
+    """Each GPU kernel against its roofline, right first; --interpret proves the code without a GPU."""
+    from .kernels.__main__ import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command(context_settings=REST, add_help_option=False)
+def engine(context: typer.Context) -> None:
+    """The engine on a GPU against what the device can do: decode, prefill, throughput, idle shares."""
+    from .engine.__main__ import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command(context_settings=REST, add_help_option=False)
+def pair(context: typer.Context) -> None:
+    """Two worker processes on one GPU, 1P1D, against one that does both, at the same load."""
+    from .engine.pair import main
+
+    raise typer.Exit(main(context.args))

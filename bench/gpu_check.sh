@@ -42,6 +42,7 @@ run() {
 run tests 100 -m pytest tests/gpu -p no:cacheprovider -o addopts="--import-mode=importlib -q" --durations=10
 run engine 190 -m baton.bench.engine --out "$out"
 run pair 95 -m baton.bench.engine.pair --out "$out"
+run kernels 85 -m baton.bench.kernels --sweep --out "$out"
 run kvtransfer 40 -m baton.bench.gpu_kvtransfer --out "$out"
 
 for part in "${failed[@]}"; do echo "not all right: $part" >&2; done

@@ -17,6 +17,7 @@ NEEDED = {
     "grpc": "grpcio",
     "google.protobuf": "protobuf",
     "yaml": "pyyaml",
+    "triton": "triton",
     "pytest": "pytest",
 }
 """What is imported, and the package that it comes in."""

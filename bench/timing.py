@@ -21,9 +21,9 @@ CACHE_BYTES = 128 << 20
 """More than twice the second-level cache of an H100 or H200: so many bytes between two uses of one input."""
 
 
-def sets_beyond_cache(size: int, most: int = 16) -> int:
+def sets_beyond_cache(device: torch.device, size: int, most: int = 40) -> int:
     """How many sets of inputs of `size` bytes to rotate through, so that each use finds none of its own in a cache."""
-    return max(2, min(most, CACHE_BYTES // max(1, size) + 2))
+    return max(2, min(most, CACHE_BYTES // max(1, size) + 2)) if device.type == "cuda" else 1
 
 
 def wait(device: torch.device) -> None:

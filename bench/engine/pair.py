@@ -151,7 +151,7 @@ def _request(rng: random.Random, prompt: int, answer: int) -> Request:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 where both systems were measured and every prompt was answered."""
-    parser = argparse.ArgumentParser(description="1P1D against colocated, on one GPU.")
+    parser = argparse.ArgumentParser(prog="baton bench pair", description="1P1D against colocated, on one GPU.")
     parser.add_argument("--model", type=Path, default=CONFIGS / "llama-3.1-8b", help="folder with a config.json")
     parser.add_argument("--device", default="cuda")
     parser.add_argument(

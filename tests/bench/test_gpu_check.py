@@ -13,7 +13,7 @@ from baton.bench import gpu_needs
 def test_it_asks_for_what_it_loads_and_no_more():
     """A package that is wanted for nothing would keep the check from running where it could."""
     ours = "baton.bench.engine.__main__, baton.bench.engine.pair, baton.bench.gpu_kvtransfer, baton.deploy.process"
-    ours += ", tests.gpu.two_workers, tests.tiny, transformers"
+    ours += ", baton.bench.kernels.attention, tests.gpu.two_workers, tests.tiny, transformers"
     code = f"import sys, {ours}, pytest; print(*sys.modules)"
     root = Path(__file__).parents[2]
     done = subprocess.run(
