@@ -3,10 +3,10 @@
     start ──Reserve──▶ asked ──Reserved──▶ following ──caught up──▶ paused, Commit ──Committed──▶ gone
 
 While blocks travel the request goes on decoding here, and what fills up meanwhile follows. Once nothing is under way
-it pauses, and its last, partial block and the tokens drawn since `Reserve` go with the commit. So the pause is one
-small transfer, unless the context takes longer to travel than half the room that the target keeps for new tokens
-lasts: then it waits for the rest. The room grows with the context (`headroom`), as the time does that it takes to
-travel. (Live migration of requests is Llumnix's, OSDI '24.)
+it pauses. When the step that was launched before has ended, its last, partial block and the tokens drawn since
+`Reserve` go with the commit. So the pause is one small transfer, unless the context takes longer to travel than half
+the room that the target keeps for new tokens lasts: then it waits for the rest. The room grows with the context
+(`headroom`), as the time does that it takes to travel. (Live migration of requests is Llumnix's, OSDI '24.)
 
 Until the commit is out, whatever goes wrong ends the move and not the request, which stays. After that only the target
 knows whether it has it: an answer that does not come makes it the router's case, as with any handover.
@@ -143,13 +143,16 @@ class Moves:
         for outgoing in self._sender.overdue(now):
             self._give_up(outgoing, HandoverFailed(f"no answer from {outgoing.target.name} in time"))
         for outgoing in self._sender.all():
+            sequence = outgoing.subject
             if outgoing.state.state is not State.SENDING:
                 continue
-            if outgoing.subject.missing != 1:
+            if sequence.computed != len(sequence.tokens) - 1:
                 continue  # it was preempted before, and its KV is computed again just now
-            if offer := self._sender.ready(outgoing, outgoing.subject.computed, last=False):
+            if offer := self._sender.ready(outgoing, sequence.computed, last=False):
                 self._outlet.offer(offer)
             elif self._outlet.pending(outgoing.id) == 0 or self._far_ahead(outgoing):
+                self._planner.pause(sequence)
+            if self._planner.paused(sequence) and not sequence.in_flight:
                 self._commit(outgoing, now)
 
     def _far_ahead(self, outgoing: Outgoing[Sequence]) -> bool:
@@ -159,7 +162,6 @@ class Moves:
 
     def _commit(self, outgoing: Outgoing[Sequence], now: float) -> None:
         sequence = outgoing.subject
-        self._planner.pause(sequence)
         if offer := self._sender.ready(outgoing, sequence.computed, last=True):
             self._outlet.offer(offer)
         self._sender.commit(outgoing, tuple(self._drawn[outgoing.id]), sequence.deadline - now, now)
@@ -188,12 +190,10 @@ class Moves:
             self._stay(outgoing, error, tell=True)
 
     def _stay(self, outgoing: Outgoing[Sequence], error: BatonError, tell: bool) -> None:
-        paused = outgoing.state.state is State.COMMITTING
         self._sender.abort(outgoing, error.code, error.message, tell)
         self._context.stats.aborted(error.code)
         self._end(outgoing)
-        if paused:
-            self._planner.join(outgoing.subject)
+        self._planner.resume(outgoing.subject)
         self._context.outbox.stayed(outgoing.subject.key, error)
         log.info("stays here: %s (%s)", error, error.code, extra=outgoing.subject.named)
 

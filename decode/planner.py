@@ -27,6 +27,7 @@ class ContinuousBatching:
         self._table = table
         self.running: list[Sequence] = []  # oldest first
         self.preempted: list[Sequence] = []  # oldest first
+        self._paused: set[Sequence] = set()
         self.preemptions = 0
 
     def join(self, sequence: Sequence) -> None:
@@ -34,14 +35,27 @@ class ContinuousBatching:
         insort(self.running, sequence, key=_age)
 
     def pause(self, sequence: Sequence) -> None:
-        """Compute nothing for a running sequence until it joins again; its blocks stay its own."""
-        self.running.remove(sequence)
+        """Plan nothing for a running sequence from here on; its blocks stay its own. A step that is under way may still
+        compute it."""
+        if sequence not in self._paused:
+            self._paused.add(sequence)
+            self.running.remove(sequence)
+
+    def paused(self, sequence: Sequence) -> bool:
+        return sequence in self._paused
+
+    def resume(self, sequence: Sequence) -> None:
+        """Go on with a sequence if it is paused."""
+        if sequence in self._paused:
+            self._paused.remove(sequence)
+            self.join(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and take its blocks back."""
         for group in (self.running, self.preempted):
             if sequence in group:
                 group.remove(sequence)
+        self._paused.discard(sequence)
         self._table.drop(sequence)
 
     def recompute(self, sequence: Sequence) -> None:
@@ -50,20 +64,27 @@ class ContinuousBatching:
         self._preempt(sequence)
 
     def plan(self, plan: StepPlan) -> None:
-        """Add a slice for each running sequence that fits the budget; first make room, then resume who was
-        preempted and fits again."""
+        """Add a slice for each running sequence that fits the budget; first resume who was preempted and fits again.
+        Where a step is under way that may end somebody, nobody is preempted before it has: the plan is `short` then."""
         self._resume()
         for sequence in list(self.running):
             if plan.budget == 0:
                 break
             if not sequence.blocks:
                 continue  # preempted a moment ago for an older one
-            if self._make_room(sequence):
+            if sequence.pending and sequence.length >= sequence.limit:
+                continue  # the step that is under way draws its last token
+            if self._make_room(sequence, plan):
                 plan.add(sequence, min(sequence.missing, plan.budget))
+            elif plan.short:
+                break
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Room for the KV of all tokens of this sequence, at the cost of younger ones if need be."""
-        while not self._table.grow(sequence, len(sequence.tokens)):
+        while not self._table.grow(sequence, sequence.length):
+            if plan.ahead:
+                plan.short = True
+                return False
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:

@@ -79,7 +79,7 @@ class DecodeRole:
         if self.places <= 0:
             raise PoolFull(f"the batch is full: {context.limits.max_running} requests")
         running = tokens if sequence.output_len else 0
-        limit = min(sequence.max_len, context.limits.max_model_len, table.manager.num_blocks * table.block_size)
+        limit = min(sequence.limit, table.manager.num_blocks * table.block_size)
         most, least = (min(tokens + headroom(context.handover, n), limit) for n in (running, 0))
         # The last token's block does not count as cached: should the commit bring no token, its KV is computed here.
         # With the least room, one that moves may outrun it and stay where it is, as it would if it were refused.

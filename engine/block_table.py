@@ -2,15 +2,32 @@
 
 Both roles work on it, so that a request can pass from prefill to decode inside one worker without a copy. Only the
 worker's own loop touches it.
+
+Blocks outlive their sequence where a step that has been launched still writes them: whoever were given them next, a
+handover that comes in, say, would find them overwritten. They are parked until that step has ended:
+
+    admit, grow ──▶ held ──drop──▶ free or cached
+                     └──drop, in flight──▶ parked ──end──▶ free or cached
 """
 
 from __future__ import annotations
 
-from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from ..common.hashing import BlockHash, BlockHasher
 from .block_manager import BlockManager
+from .plan import Slice
 from .sequence import Sequence, SequenceKey
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A step from its launch to its end. What it finds for those that are `gone`, because they were dropped meanwhile,
+    means nothing any more; `parked` are blocks that have to wait for its end."""
+
+    gone: set[Sequence] = field(default_factory=set)
+    parked: list[list[int]] = field(default_factory=list)
 
 
 class BlockTable:
@@ -21,6 +38,7 @@ class BlockTable:
         self.hasher = hasher
         self.block_size = hasher.block_size
         self._sequences: dict[SequenceKey, Sequence] = {}
+        self._flights: list[Flight] = []
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -80,17 +98,48 @@ class BlockTable:
         first = sequence.computed // self.block_size
         sequence.computed += count
         sequence.launched = max(sequence.launched, sequence.computed)
-        hashes = self.chain(sequence)
-        for i in range(first, sequence.computed // self.block_size):
-            self.manager.seal(sequence.blocks[i], hashes[i])
+        last = sequence.computed // self.block_size
+        if first < last:
+            hashes = self.chain(sequence)
+            for i in range(first, last):
+                self.manager.seal(sequence.blocks[i], hashes[i])
 
     def drop(self, sequence: Sequence) -> None:
         """Take all blocks back; what is full and computed stays cached. Does nothing the second time."""
-        if self._sequences.pop(sequence.key, None) is not None:
+        if self._sequences.pop(sequence.key, None) is None:
+            return
+        if sequence.in_flight:
+            for flight in self._flights:
+                flight.gone.add(sequence)
+            self._flights[-1].parked.append(sequence.blocks)
+        else:
             self.manager.release(sequence.blocks)
-            sequence.blocks = array("i")
-            sequence.computed = 0
+        sequence.blocks = []
+        sequence.computed = sequence.launched = sequence.pending = 0
+
+    # --- steps ---
+
+    def launch(self, slices: Iterable[Slice]) -> Flight:
+        """A step is about to compute these. Flights end in the order of their launches."""
+        for part in slices:
+            part.sequence.launched += part.count
+            part.sequence.pending += part.samples
+        flight = Flight()
+        self._flights.append(flight)
+        return flight
+
+    def computed(self, part: Slice) -> None:
+        """The oldest flight has come back with this; its sequence is not gone. What it sampled is pending no more: the
+        caller knows it."""
+        part.sequence.pending -= part.samples
+        self.advance(part.sequence, part.count)
+
+    def end(self) -> None:
+        """The oldest flight is over: nothing of it writes any more."""
+        for blocks in self._flights.pop(0).parked:
+            self.manager.release(blocks)
 
     def check(self) -> None:
         """Raises `BlockLeak` if any block is held by nobody that is known here, or held twice."""
-        self.manager.check(s.blocks for s in self._sequences.values())
+        held = [s.blocks for s in self._sequences.values()]
+        self.manager.check(held + [blocks for flight in self._flights for blocks in flight.parked])

@@ -1,17 +1,32 @@
-"""The loop of a worker: drain the inbox, plan, compute, tell. Everything else is a role's policy."""
+"""The loop of a worker: drain the inbox, plan, compute, tell. Everything else is a role's policy.
+
+A round either waits for the step that it has launched, or for the one before it, while the device computes:
+
+    plain        plan n │ ─────── n computes ─────── │ tell n │ plan n+1 │ ────── n+1 computes ──────
+    overlapped   ────── n computes ──────│────── n+1 computes ──────│────── n+2 computes ──────
+                 plan n+1, tell n-1      │ plan n+2, tell n         │ plan n+3, tell n+1
+
+So an overlapped step is planned when nobody knows yet what the step before it draws (`Sequence.pending`): a sequence
+that ends by its length is not planned past it, one that ends by a stop token has a row too many in the step that
+is under way, which is thrown away. (The order of things is that of SGLang's zero-overhead scheduler and of NanoFlow,
+OSDI '25.)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..common.clock import Clock
 from ..common.errors import EngineBroken, EngineFailure
 from ..common.messages import CheckReport, KvEvents, Load, Resync
 from .block_manager import BlockLeak
+from .block_table import Flight
 from .mailbox import FromRouter, Inbox, Inspect, Mail, Recast, RouterGone, RouterJoined
-from .plan import Runner, Slice, StepPlan
+from .plan import Launched, Runner, Slice, StepPlan
 from .role import Context, Role
 
 log = logging.getLogger(__name__)
@@ -26,15 +41,26 @@ OUTLIER = 2.0
 """A decode step counts for at most this many times what steps took before."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step from its plan to its end. `owners[i]` planned slice i; `begun` is when it was launched."""
+
+    plan: StepPlan
+    owners: list[Role]
+    flight: Flight
+    begun: float
+
+
 class EngineLoop:
-    """Owns the block table and the order of things. `deliver` takes each round's mail to the RPC side.
+    """Owns the block table and the order of things. `deliver` takes each round's mail to the RPC side. `overlap`: plan
+    and launch a step while the one before it computes, which pays where the device is not this processor.
 
     Torch-free: the real runner computes, the simulator's only counts, and both run under this same loop.
     """
 
     def __init__(
         self, context: Context, roles: Sequence[Role], runner: Runner, inbox: Inbox, clock: Clock,
-        deliver: Callable[[Mail], None],
+        deliver: Callable[[Mail], None], overlap: bool = False,
     ) -> None:  # fmt: skip
         self.context = context
         self.inbox = inbox
@@ -43,6 +69,9 @@ class EngineLoop:
         self._clock = clock
         self._deliver = deliver
         self._kv_seq = 0
+        self._round = self._overlapped_round if overlap else self._plain_round
+        self._running: list[tuple[_Step, Launched]] = []  # launched and not collected, in this order: two at most
+        self._collected = 0.0
         self._failures = 0
         self._recasts: list[Recast] = []
         self.last_round = clock.now()
@@ -57,7 +86,7 @@ class EngineLoop:
                 self.inbox.wait(IDLE_WAIT_S)
 
     def step(self) -> bool:
-        """One round; whether it computed anything."""
+        """One round; whether anything was computed."""
         now = self.last_round = self._clock.now()
         for item in self.inbox.drain():
             match item:
@@ -77,7 +106,7 @@ class EngineLoop:
                         role.receive(item, now)
         for role in self.roles:
             role.tick(now)
-        computed = self._compute(now)
+        computed = self._round(now)
         self._tell_changes()
         self._tell()
         if self._recasts:  # last: what the old role had to say is on its way
@@ -86,44 +115,97 @@ class EngineLoop:
 
     def _recast(self, now: float) -> None:
         """Between two roles nothing may be held: the one would not know what the other has begun."""
-        held = any(role.waiting or role.running or role.handovers for role in self.roles)
+        held = bool(self._running) or any(role.waiting or role.running or role.handovers for role in self.roles)
         for recast in [r for r in self._recasts if not held or now >= r.until]:
             self._recasts.remove(recast)
             if in_time := now < recast.until:  # who slept over it does not do it late: nobody expects it any more
                 self.roles = recast.cast()
             recast.reply(in_time)
 
-    def _compute(self, now: float) -> bool:
-        plan = StepPlan(self.context.limits.max_batch_tokens)
+    # --- a round's step ---
+
+    def _plain_round(self, now: float) -> bool:
+        """Plan a step, have it computed, and see what it drew."""
+        plan, owners = self._plan(now)
+        if plan.slices and self._launch(plan, owners):
+            self._collect()
+        return bool(plan.slices)
+
+    def _overlapped_round(self, now: float) -> bool:
+        """While the step before computes, plan one and launch it behind that; then see what that one drew."""
+        under_way = bool(self._running)
+        plan, owners = self._plan(now)
+        if plan.short:
+            self._collect()
+            plan, owners = self._plan(now)
+        if plan.slices:
+            self._launch(plan, owners)
+        if len(self._running) > bool(plan.slices):
+            self._collect()
+        return under_way or bool(plan.slices)
+
+    def _plan(self, now: float) -> tuple[StepPlan, list[Role]]:
+        """A step, and the role that planned each slice of it."""
+        plan = StepPlan(self.context.limits.max_batch_tokens, ahead=bool(self._running))
         owners: list[Role] = []
         for role in self.roles:
             role.plan(plan, now)
             owners += [role] * (len(plan.slices) - len(owners))
-        if not plan.slices:
-            return False
+            if plan.short:
+                break
+        return plan, owners
+
+    def _launch(self, plan: StepPlan, owners: list[Role]) -> bool:
+        """Give a step to the runner; whether it took it."""
         self._tell()  # what the plan has to say need not wait for the step
+        step = _Step(plan, owners, self.context.table.launch(plan.slices), self._clock.now())
         try:
-            results = self._runner.launch(plan, self._on_layer).results()
+            self._running.append((step, self._runner.launch(plan, self._on_layer)))
         except EngineFailure as error:
-            self._fail(plan, owners, error)
-            return True
-        self._failures = 0
-        done = self._clock.now()
-        self._measure(plan, done - now)
-        for part, owner, sampled in zip(plan.slices, owners, results, strict=True):
-            self.context.table.advance(part.sequence, part.count)
-            owner.computed(part, sampled, done)
+            if self._running:  # what runs already may well end
+                self._collect()
+            self._fail([step], error)
+            return False
         return True
+
+    def _collect(self) -> None:
+        """Wait for the oldest step that runs, and pass on what it drew."""
+        step, launched = self._running[0]
+        try:
+            results = launched.results()
+        except EngineFailure as error:
+            for _, later in self._running[1:]:  # it goes on from what has failed; waited for, because it writes blocks
+                with contextlib.suppress(EngineFailure):
+                    later.results()
+            failed = [step for step, _ in self._running]
+            self._running.clear()
+            self._fail(failed, error)
+            return
+        del self._running[0]
+        self._failures = 0
+        done, table, gone = self._clock.now(), self.context.table, step.flight.gone
+        self._measure(step.plan, done - max(step.begun, self._collected))
+        self._collected = done
+        for part, owner, sampled in zip(step.plan.slices, step.owners, results, strict=True):
+            if part.sequence not in gone:
+                table.computed(part)
+                owner.computed(part, sampled, done)
+        table.end()
 
     def _on_layer(self, layer: int) -> None:
         for role in self.roles:
             role.on_layer(layer)
 
-    def _fail(self, plan: StepPlan, owners: list[Role], error: EngineFailure) -> None:
+    def _fail(self, steps: list[_Step], error: EngineFailure) -> None:
+        """These have failed, and nothing else is under way."""
         self._failures += 1
         log.error("step failed (%d in a row): %s", self._failures, error)
-        for part, owner in zip(plan.slices, owners, strict=True):
-            owner.failed(part, error)
+        for step in steps:
+            for part, owner in zip(step.plan.slices, step.owners, strict=True):
+                if part.sequence not in step.flight.gone:
+                    owner.failed(part, error)
+        for _ in steps:
+            self.context.table.end()
         if isinstance(error, EngineBroken):
             self._tell()
             raise error

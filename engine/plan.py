@@ -33,10 +33,17 @@ class Slice:
 
 @dataclass(slots=True)
 class StepPlan:
-    """The slices of one step. `budget`: tokens that may still be added."""
+    """The slices of one step.
+
+    budget   tokens that may still be added
+    ahead    another step is under way, and what it draws is not known: nobody may be preempted
+    short    set by a planner that would have to preempt: what is under way must end first
+    """
 
     budget: int
     slices: list[Slice] = field(default_factory=list)
+    ahead: bool = False
+    short: bool = False
 
     def add(self, sequence: Sequence, count: int) -> Slice:
         """The next `count` tokens of a sequence that no launched step computes."""

@@ -90,7 +90,7 @@ class Context:
             token in params.stop_token_ids or (token in self.limits.eos_ids and not params.ignore_eos)
         ):
             return FinishReason.STOP
-        if len(sequence.tokens) >= min(sequence.max_len, self.limits.max_model_len):
+        if len(sequence.tokens) >= sequence.limit:
             return FinishReason.LENGTH
         return None
 
@@ -130,8 +130,9 @@ class LocalBatch(Protocol):
 
 
 class Role(Protocol):
-    """A policy. The loop calls, in each round: `receive` for each item, `tick`, `plan`, `on_layer` while the step runs,
-    and `computed` (or `failed`) for each slice that this role planned."""
+    """A policy. The loop calls, in each round: `receive` for each item, `tick`, `plan`, `on_layer` while the step is
+    launched, and, when it or the one before has ended, `computed` (or `failed`) for each slice that this role planned
+    and whose sequence has not been dropped since. `failed` drops it."""
 
     def receive(self, item: InboxItem, now: float) -> None: ...
 

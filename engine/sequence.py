@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import dataclass, field
+import sys
+from dataclasses import InitVar, dataclass, field
 
 from ..common.hashing import BlockHash
 from ..common.types import Request, SamplingParams
@@ -24,6 +24,7 @@ class Sequence:
     computed      number of leading tokens whose KV is in the pool: steps that have ended computed it
     launched      the same, but counting what launched steps are computing as well: launched >= computed
     pending       tokens that launched steps draw and nobody knows yet; none or one when a step is planned
+    limit         length at which the request ends, whatever is drawn: by max_tokens, or by `max_model_len`
     deadline      on the worker's own clock, seconds
     """
 
@@ -40,9 +41,12 @@ class Sequence:
     pending: int = 0
     cached: int = 0
     preemptions: int = 0
+    limit: int = 0
+    max_model_len: InitVar[int] = sys.maxsize
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, max_model_len: int) -> None:
         self.tokens = list(self.request.tokens)
+        self.limit = min(self.request.prompt_len + self.request.params.max_tokens, max_model_len)
 
     @property
     def prompt_len(self) -> int:
@@ -58,11 +62,6 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
-    def max_len(self) -> int:
-        """Length at which the request ends by `max_tokens`."""
-        return self.prompt_len + self.params.max_tokens
-
-    @property
     def length(self) -> int:
         """Tokens so far, pending ones included."""
         return len(self.tokens) + self.pending
@@ -71,6 +70,11 @@ class Sequence:
     def missing(self) -> int:
         """Tokens whose KV no step computes yet, and that the next one to be sampled waits for."""
         return self.length - self.launched
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a launched step computes something of it."""
+        return self.launched > self.computed
 
     @property
     def named(self) -> dict[str, str]:

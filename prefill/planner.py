@@ -58,7 +58,8 @@ class ChunkedPrefill:
         for sequence in self.computing:
             if plan.budget == 0:
                 return
-            plan.add(sequence, min(sequence.missing, plan.budget))
+            if not sequence.pending:  # its last chunk is under way
+                plan.add(sequence, min(sequence.missing, plan.budget))
         for sequence in list(self.ready):
             if plan.budget == 0 or not self._start(sequence):
                 return

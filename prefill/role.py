@@ -94,7 +94,8 @@ class PrefillRole:
 
     def _submit(self, router: str, submit: Submit, now: float) -> None:
         request, limits = submit.request, self._context.limits
-        sequence = Sequence((router, submit.ticket), request, submit.attempt, now, now + request.deadline_s)
+        key, deadline = (router, submit.ticket), now + request.deadline_s
+        sequence = Sequence(key, request, submit.attempt, now, deadline, max_model_len=limits.max_model_len)
         try:
             if not request.tokens or not 0 < request.prompt_len <= len(request.tokens):
                 raise InvalidRequest("a request needs at least one prompt token")

@@ -147,7 +147,9 @@ class Intake(Computeless):
     def _reserve(self, key: HandoverKey, source: Endpoint, message: Reserve, now: float) -> None:
         """Blocks, the cached prefix among them pinned; or no, at once."""
         request, table = message.request, self._context.table
-        sequence = Sequence((message.router, message.ticket), request, message.attempt, now, now + request.deadline_s)
+        name, deadline = (message.router, message.ticket), now + request.deadline_s
+        longest = self._context.limits.max_model_len
+        sequence = Sequence(name, request, message.attempt, now, deadline, max_model_len=longest)
         try:
             self._check(source, message, sequence)
             transport = choose(source, self._context.endpoint, self._context.handover.transport, message.avoid)
