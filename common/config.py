@@ -39,6 +39,9 @@ class EngineConfig:
     """Tokens that one step computes at most: the prefill chunk."""
     max_running: int = 256
     """Sequences that decode together at most."""
+    overlap: str = "auto"
+    """Whether a step is planned and launched while another computes (`engine/loop.py`): on, off, or auto, which is on
+    where the device is not the processor, and a worker has one rank."""
     threads: int = 0
     """CPU threads of this worker, all ranks together; 0: all cores."""
     dummy_weights: bool = False

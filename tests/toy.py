@@ -7,20 +7,24 @@ No torch, so that whole workers, handovers and failures run in milliseconds.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from baton.common.config import EngineConfig, HandoverConfig, WorkerConfig
+from baton.common.errors import TransportFailed
 from baton.common.kv_format import KvFormat
 from baton.common.messages import Endpoint
 from baton.common.types import Request, Role, SamplingParams, WorkerRef
 from baton.engine.plan import Ended, Launched, OnLayer, Sampled, Slice, StepPlan
 from baton.kvtransfer.host_store import Bytes, HostStore
 from baton.kvtransfer.shm import SharedMemory
+from baton.kvtransfer.transport import Mark
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +37,7 @@ BLOCK_SIZE = 4
 ENTRY = 8
 """Bytes of KV of one token in one layer."""
 
+TIMEOUT_S = 5.0
 VOCAB = 1000
 EOS = 999
 
@@ -96,37 +101,105 @@ def _never(*_: object) -> Bytes:
     raise AssertionError("all toys keep one type")
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a launch tells the device of a slice: copies, for the host goes on. Where the last token is pending,
+    `tokens` lacks it."""
+
+    owner: object
+    tokens: list[int]
+    blocks: list[int]
+    start: int
+    end: int
+    samples: bool
+
+    @classmethod
+    def of(cls, part: Slice) -> Told:
+        owner = part.sequence
+        known = owner.tokens[part.start : part.end]
+        return cls(owner, known, list(owner.blocks), part.start, part.end, part.samples)
+
+
 @dataclass
 class ToyRunner:
     """Writes KV, calls `on_layer`, reads it back through the block table. `before` runs ahead of each step."""
 
     pool: ToyPool
-    steps: list[StepPlan] = field(default_factory=list)
     before: object = None
+    _drawn: dict[object, int] = field(default_factory=dict)
+    """By the step before."""
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
+        return Ended(self.compute(plan, [Told.of(part) for part in plan.slices], on_layer))
+
+    def compute(self, plan: StepPlan, parts: Sequence[Told], on_layer: OnLayer | None) -> list[Sampled | None]:
         if callable(self.before):
             self.before(plan)
-        self.steps.append(StepPlan(plan.budget, list(plan.slices)))
-        self.forward(plan.slices, on_layer)
-        return Ended([Sampled(_next(self.kv(part).tobytes())) if part.samples else None for part in plan.slices])
+        for part in parts:
+            if len(part.tokens) < part.end - part.start:
+                part.tokens.append(self._drawn[part.owner])
+        self.forward(parts, on_layer)
+        self._drawn = {part.owner: _next(self.kv(part).tobytes()) for part in parts if part.samples}
+        return [Sampled(self._drawn[part.owner]) if part.samples else None for part in parts]
 
-    def forward(self, slices: Sequence[Slice], on_layer: OnLayer | None) -> None:
+    def forward(self, parts: Sequence[Told], on_layer: OnLayer | None) -> None:
         for layer in range(LAYERS):
-            for part in slices:
+            for part in parts:
                 self._write(part, layer)
             if on_layer is not None:
                 on_layer(layer)
 
-    def kv(self, part: Slice) -> NDArray[np.uint8]:
+    def kv(self, part: Told) -> NDArray[np.uint8]:
         """What the next token is a hash of; see `ToyPool.read`."""
-        return self.pool.read(part.sequence.blocks, part.end)
+        return self.pool.read(part.blocks, part.end)
 
-    def _write(self, part: Slice, layer: int) -> None:
-        for position in range(part.start, part.end):
+    def _write(self, part: Told, layer: int) -> None:
+        for position, token in enumerate(part.tokens, part.start):
             block, offset = divmod(position, self.pool.block_size)
-            entry = _entry(part.sequence.tokens[position], position, layer)
-            self.pool.write(layer, part.sequence.blocks[block], offset, entry)
+            self.pool.write(layer, part.blocks[block], offset, _entry(token, position, layer))
+
+
+class LateRunner(ToyRunner):
+    """Of a device that is as late as can be: a step that has been launched computes when its results are asked for.
+    Who reads too early, or reuses a block that is still to be written, gets wrong tokens."""
+
+    def __init__(self, pool: ToyPool) -> None:
+        super().__init__(pool)
+        self._last = threading.Event()
+        self._last.set()
+        pool.store.mark = self._mark  # type: ignore[method-assign]
+
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
+        step = _Late(self, plan, [Told.of(part) for part in plan.slices], self._last)
+        self._last = step.ended
+        for layer in range(LAYERS):
+            if on_layer is not None:
+                on_layer(layer)
+        return step
+
+    def _mark(self) -> Mark:
+        return partial(_wait, self._last)
+
+
+def _wait(ended: threading.Event) -> None:
+    if not ended.wait(TIMEOUT_S):
+        raise TransportFailed("the device is not there in time")
+
+
+@dataclass
+class _Late:
+    runner: LateRunner
+    plan: StepPlan
+    parts: list[Told]
+    before: threading.Event
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def results(self) -> list[Sampled | None]:
+        assert self.before.is_set(), "steps are collected in their order"
+        try:
+            return self.runner.compute(self.plan, self.parts, None)
+        finally:
+            self.ended.set()
 
 
 @dataclass
@@ -143,11 +216,17 @@ class ToyEngine:
     heads: int = 1
     followers: Followers | None = None
     """The other of two ranks; see `tests/worker/toy_ranks.py`."""
+    late: bool = False
+    """Its device is as late as can be, and its worker's loop has two steps under way."""
 
     def __post_init__(self) -> None:
         self.pool = ToyPool(self.num_blocks, self.block_size, self.heads, 1 if self.followers is None else 2)
         self.store, self.shared = self.pool.store, self.pool.shared
-        self.runner = ToyRunner(self.pool)
+        self.runner = LateRunner(self.pool) if self.late else ToyRunner(self.pool)
+
+    @property
+    def overlaps(self) -> bool:
+        return self.late
 
 
 def endpoint(name: str, address: str = "127.0.0.1:9", epoch: int = 1) -> Endpoint:

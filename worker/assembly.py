@@ -65,6 +65,11 @@ class Computes(Protocol):
         ...
 
     @property
+    def overlaps(self) -> bool:
+        """Whether a step may be planned while its device computes another, if the configuration does not say."""
+        ...
+
+    @property
     def eos_ids(self) -> frozenset[int]: ...
     @property
     def fingerprint(self) -> str: ...
@@ -115,7 +120,9 @@ class Worker:
         self.role = config.role
         self._cast = Cast(context, inlet, outlet)
         self._turning: asyncio.Future[None] | None = None
-        self.loop = EngineLoop(context, self._cast.play(config.role), engine.runner, self.inbox, clock, self._deliver)
+        overlap = config.engine.overlap == "on" or (config.engine.overlap == "auto" and engine.overlaps)
+        roles = self._cast.play(config.role)
+        self.loop = EngineLoop(context, roles, engine.runner, self.inbox, clock, self._deliver, overlap)
         info = WorkerInfo(
             ref=self.ref,
             role=config.role,

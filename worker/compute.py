@@ -48,6 +48,10 @@ class Compute:
         return self.engine.runner
 
     @property
+    def overlaps(self) -> bool:
+        return self.engine.pool.flat.device.type == "cuda" and self.followers is None
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         return self.engine.eos_ids
 

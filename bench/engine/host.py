@@ -62,6 +62,7 @@ class StandinEngine:
         self.vocab_size = 128_256
         self.max_model_len = 8192
         self.num_blocks = NUM_BLOCKS
+        self.overlaps = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ class Recording:
     eos_ids: frozenset[int] = frozenset()
     groups: None = None
     followers: None = None
+    overlaps: bool = False
 
 
 def recording(config: WorkerConfig, fingerprint: str) -> Recording:

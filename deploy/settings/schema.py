@@ -162,6 +162,7 @@ CHOICES = {
     "handover.transport": ("auto", *TRANSPORTS),
     "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
     "engine.kv_dtype": ("auto", *ITEM_BYTES),
+    "engine.overlap": ("auto", "on", "off"),
 }
 
 

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from baton.common.clock import RealClock
 from baton.common.errors import EngineBroken, WorkerLost
 from baton.common.types import Role, WorkerRef
-from baton.engine import sequence
 from baton.engine.follower import READY, Follower, Followers
-from baton.engine.plan import OnLayer, Slice
+from baton.engine.plan import OnLayer
 from baton.kvtransfer.plane import Plane
 from baton.worker.assembly import Worker
 from baton.worker.spread import LATE_S, commands, reports
-from tests.toy import BLOCK_SIZE, ToyEngine, ToyPool, ToyRunner, request, worker_config
+from tests.toy import BLOCK_SIZE, Told, ToyEngine, ToyPool, ToyRunner, worker_config
 
 HEADS = 2
 BLOCKS = 80
@@ -57,16 +56,16 @@ class FirstRunner(ToyRunner):
         self._theirs: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         followers.subscribe("read", lambda _, halves: self._theirs.put(halves))
 
-    def forward(self, slices: Sequence[Slice], on_layer: OnLayer | None) -> None:
-        told = [(part.sequence.tokens, list(part.sequence.blocks), part.start, part.count) for part in slices]
+    def forward(self, parts: Sequence[Told], on_layer: OnLayer | None) -> None:
+        told = [(part.tokens, part.blocks, part.start, part.end, part.samples) for part in parts]
         self._followers.send("run", told)
-        super().forward(slices, on_layer)
+        super().forward(parts, on_layer)
         try:
             self._halves = iter(self._theirs.get(timeout=TIMEOUT_S))
         except queue.Empty as error:
             raise EngineBroken("the other rank does not answer") from error
 
-    def kv(self, part: Slice) -> NDArray[np.uint8]:
+    def kv(self, part: Told) -> NDArray[np.uint8]:
         ours = super().kv(part)
         theirs = np.frombuffer(next(self._halves), np.uint8).reshape(ours.shape)
         return np.concatenate((ours, theirs), axis=3)
@@ -84,18 +83,13 @@ def second(spec: Spec, address: str, token: str) -> None:
     )  # fmt: skip
 
     def run(told: list[Any]) -> None:
-        slices = [_slice(*each) for each in told]
-        runner.forward(slices, plane.outlet.layer)
-        follower.report("read", [runner.kv(part).tobytes() for part in slices if part.samples])
+        parts = [Told(None, *each) for each in told]
+        runner.forward(parts, plane.outlet.layer)
+        follower.report("read", [runner.kv(part).tobytes() for part in parts if part.samples])
 
     with contextlib.suppress(WorkerLost):
         follower.report(READY, dict(plane.door))
         follower.follow({"run": run, **commands(plane)})
-
-
-def _slice(tokens: list[int], blocks: list[int], start: int, count: int) -> Slice:
-    owner = sequence.Sequence(("", 0), request("", tokens, 1), 0, 0.0, 0.0, blocks=blocks)
-    return Slice.of(owner, start, count)
 
 
 def first(spec: Spec, says: Connection) -> None:
