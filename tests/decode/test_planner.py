@@ -82,3 +82,32 @@ def test_all_finish_whatever_the_pool(blocks: int, lengths: list[int], budget: i
             break
     assert not todo and not waiting
     assert table.manager.pinned == 0
+
+
+def test_nobody_is_preempted_while_a_step_is_under_way() -> None:
+    """It may end somebody, whose blocks then do."""
+    table = BlockTable(6, BlockHasher(SIZE))
+    planner = ContinuousBatching(table)
+    old, young = joined(planner, table, 1, 11), joined(planner, table, 2, 11)
+    plan = StepPlan(64, ahead=True)
+    planner.plan(plan)
+    assert [part.sequence for part in plan.slices] == [old, young] and not plan.short
+    table.launch(plan.slices)
+    plan = StepPlan(64, ahead=True)
+    planner.plan(plan)
+    assert plan.short and planner.preemptions == 0 and planner.running == [old, young]
+
+
+def test_what_a_step_under_way_draws_is_gone_on_with() -> None:
+    table = BlockTable(6, BlockHasher(SIZE))
+    planner = ContinuousBatching(table)
+    sequence = joined(
+        planner, table, 1, 5, max_tokens=4
+    )  # the first is drawn; so two steps draw more, and a third the last
+    starts = []
+    for _ in range(4):
+        plan = StepPlan(64, ahead=True)
+        planner.plan(plan)
+        starts += [part.start for part in plan.slices]
+        table.launch(plan.slices)
+    assert starts == [5, 6, 7] and sequence.length == sequence.limit == 9

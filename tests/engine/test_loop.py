@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,9 +15,9 @@ from baton.common.hashing import BlockHasher
 from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
-from baton.engine.mailbox import Inbox, Mail, Outbox, Recast
-from baton.engine.plan import Ended, Launched, OnLayer, Runner, Sampled, StepPlan
-from baton.engine.role import Context, Limits
+from baton.engine.mailbox import Inbox, InboxItem, Mail, Outbox, Recast
+from baton.engine.plan import Launched, OnLayer, Runner, Sampled, Slice, StepPlan
+from baton.engine.role import Computeless, Context, Limits
 from baton.engine.sequence import Sequence
 from tests.toy import endpoint, request
 
@@ -24,15 +25,27 @@ NOBODY: Any = Mock()
 
 
 class Timed:
-    """A runner whose steps take these times, one after the other."""
+    """A runner whose steps take these times, one after the other, on a device of its own."""
 
     def __init__(self, clock: ManualClock, seconds: list[float]) -> None:
         self._clock = clock
+        self._end = 0.0
         self.seconds = seconds
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
-        self._clock.advance(self.seconds.pop(0))
-        return Ended([Sampled(1) for _ in plan.slices])
+        self._end = max(self._end, self._clock.now()) + self.seconds.pop(0)
+        return Ending(self._clock, self._end, len(plan.slices))
+
+
+@dataclass
+class Ending:
+    clock: ManualClock
+    end: float
+    slices: int
+
+    def results(self) -> list[Sampled | None]:
+        self.clock.advance(max(0.0, self.end - self.clock.now()))
+        return [Sampled(1)] * self.slices
 
 
 class Failing:
@@ -45,7 +58,9 @@ class Failing:
         raise self._error
 
 
-def decoding(runner: Runner, clock: ManualClock, mail: list[Mail], streams: int = 1) -> EngineLoop:
+def decoding(
+    runner: Runner, clock: ManualClock, mail: list[Mail], streams: int = 1, overlap: bool = False
+) -> EngineLoop:
     """A loop over a decode worker's role, in whose batch are these many requests."""
     table = BlockTable(64, BlockHasher(16))
     limits = Limits(
@@ -62,17 +77,23 @@ def decoding(runner: Runner, clock: ManualClock, mail: list[Mail], streams: int 
         table.advance(sequence, 3)
         sequence.tokens.append(4)
         role.join(sequence)
-    return EngineLoop(context, [role], runner, Inbox(), clock, mail.append)
+    return EngineLoop(context, [role], runner, Inbox(), clock, mail.append, overlap)
 
 
-def decode_step_s(seconds: list[float]) -> float:
+def decode_step_s(seconds: list[float], overlap: bool = False) -> float:
     """What the loop says of one stream's steps that took these times."""
     clock = ManualClock()
     runner = Timed(clock, list(seconds))
-    loop = decoding(runner, clock, [])
+    loop = decoding(runner, clock, [], overlap=overlap)
     while runner.seconds:
         assert loop.step()
     return loop.load().decode_step_s
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_takes_as_long_as_the_device_is_at_it(overlap: bool) -> None:
+    """Not as long as it waits for the step before."""
+    assert decode_step_s([0.01] * 10, overlap) == pytest.approx(0.01)
 
 
 def test_a_frozen_step_is_soon_forgotten() -> None:
@@ -92,6 +113,37 @@ def test_a_broken_engine_ends_the_loop_at_once_and_its_requests_are_told() -> No
         loop.step()
     failed = [failure for each in mail for report in each.reports.values() for failure in report.failed]
     assert len(failed) == 2
+
+
+class Cramped(Computeless):
+    """A role that has no room for another step while one is under way."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self._sequence = sequence
+        self.seen: list[str] = []
+
+    def receive(self, item: InboxItem, now: float) -> None: ...
+
+    def plan(self, plan: StepPlan, now: float) -> None:
+        self.seen.append("short" if plan.ahead else "plan")
+        if plan.ahead:
+            plan.short = True
+        else:
+            plan.add(self._sequence, 1)
+
+    def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None:
+        self.seen.append("computed")
+        part.sequence.tokens += [sampled.token] if sampled else []
+
+
+def test_a_plan_that_lacks_room_is_made_again_when_nothing_is_under_way() -> None:
+    clock = ManualClock()
+    loop = decoding(Timed(clock, [0.1] * 9), clock, [], overlap=True)
+    role = Cramped(loop.context.table.holders()[0])
+    loop.roles = [role]
+    for _ in range(3):
+        assert loop.step()
+    assert role.seen == ["plan", "short", "computed", "plan", "short", "computed", "plan"]
 
 
 def test_a_step_that_fails_is_not_the_end() -> None:

@@ -118,3 +118,15 @@ def test_no_more_are_started_than_find_a_place_in_the_batch() -> None:
     assert step(planner, table, 100) == []
     local.places = 1
     assert step(planner, table, 100) == [(2, 0, 8)]
+
+
+def test_chunks_follow_each_other_before_the_first_has_ended() -> None:
+    planner, table, _ = made()
+    planner.add(sequence(1, list(range(20))))
+    planned = []
+    for _ in range(4):
+        plan = StepPlan(8, ahead=True)
+        planner.plan(plan)
+        planned += [(part.start, part.count, part.samples) for part in plan.slices]
+        table.launch(plan.slices)
+    assert planned == [(0, 8, False), (8, 8, False), (16, 4, True)]

@@ -4,7 +4,6 @@ as late as can be, while requests end in every way, the pool is too small for th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import Mock
@@ -20,7 +19,7 @@ from baton.common.types import Request, Role
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import FromRouter, Inbox, Mail, Outbox, Recast, RouterGone, RouterJoined
-from baton.engine.plan import StepPlan
+from baton.engine.plan import Launched, OnLayer, Sampled, StepPlan
 from baton.engine.role import Context, Limits
 from baton.kvtransfer.inlet import RankInlet
 from baton.worker.cast import Cast
@@ -127,3 +126,145 @@ def test_all_say_what_the_oracle_says(num_blocks: int, overlap: bool, late: bool
         assert not bench.heard(Failed) and bench.heard(Finished).keys() | cancelled == asked.keys()
         preemptions += bench.loop.inspect().preemptions
     assert preemptions > 5 or num_blocks == 90
+
+
+@pytest.mark.parametrize(("overlap", "late"), LOOPS)
+def test_nobody_is_computed_past_his_end(overlap: bool, late: bool) -> None:
+    """An end by length is known before it comes; an end by a stop token costs one row."""
+    bench, rows = Bench(overlap, late), list[int]()
+    bench.runner.before = lambda plan: rows.append(plan.tokens)
+    stop = oracle([1, 2, 3], 9)[7]
+    bench.submit(1, request("1", [1, 2, 3], 8))
+    bench.rest()
+    assert sum(rows) == 3 + 7 and bench.heard(Finished)[1].reason == "length"
+    bench.submit(2, request("2", list(range(100, 157)), 99))
+    bench.rest()
+    assert sum(rows) == 3 + 7 + LONGEST - 1 and bench.heard(Finished)[2].reason == "length"
+    rows.clear()
+    bench.submit(3, request("3", [1, 2, 3], 99, stop_token_ids=(stop,)))
+    bench.rest()
+    assert sum(rows) == 3 + 7 + overlap and bench.heard(Finished)[3].reason == "stop"
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_collected() -> None:
+    bench, order = Bench(overlap=True, late=True), list[str]()
+    launch = bench.runner.launch
+
+    def launched(plan: StepPlan, on_layer: Any = None) -> Any:
+        order.append("launch")
+        return launch(plan, on_layer)
+
+    bench.runner.launch = launched  # type: ignore[method-assign]
+    bench.runner.before = lambda plan: order.append("collect")
+    bench.submit(1, request("1", [5], 4))
+    bench.rest()
+    assert order == ["launch", "collect", "launch", "launch", "collect", "launch", "collect", "collect"]
+
+
+@pytest.mark.parametrize(("overlap", "late"), LOOPS)
+@pytest.mark.parametrize("end", ["cancel", "router", "deadline"])
+def test_who_goes_while_computed_leaves_nothing_behind(end: str, overlap: bool, late: bool) -> None:
+    for rounds in range(1, 6):
+        bench, prompt = Bench(overlap, late), list(range(40))
+        bench.inbox.post(RouterJoined("other"))
+        bench.submit(1, request("1", prompt, 9), router="other")
+        bench.submit(2, request("2", prompt[5:25], 30))
+        for _ in range(rounds):
+            bench.round()
+        if end == "cancel":
+            bench.inbox.post(FromRouter("other", Cancel(1)))
+        elif end == "router":
+            bench.inbox.post(RouterGone("other"))
+        else:
+            for role in bench.loop.roles:
+                for sequence in role.sequences():
+                    sequence.deadline -= 1e6 * (sequence.key[1] == 1)
+        bench.rest()
+        assert bench.tokens(2) == oracle(prompt[5:25], 30)
+        assert len(bench.tokens(1)) < 9 and (end != "deadline" or bench.heard(Failed)[1].code == "deadline_exceeded")
+
+
+class Faulty:
+    """Fails the step of this number, when it is launched or when it is asked for. All that follows it on the device may
+    do what it likes; here it computes."""
+
+    def __init__(self, runner: ToyRunner, number: int, error: EngineFailure, at_launch: bool) -> None:
+        self._runner = runner
+        self._number = number
+        self._error = error
+        self._at_launch = at_launch
+
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
+        self._number -= 1
+        if self._number == 0 and self._at_launch:
+            raise self._error
+        launched = self._runner.launch(plan, on_layer)
+        return Failing(launched, self._error) if self._number == 0 else launched
+
+
+@dataclass
+class Failing:
+    launched: Launched
+    error: EngineFailure
+
+    def results(self) -> list[Sampled | None]:
+        self.launched.results()
+        raise self.error
+
+
+@pytest.mark.parametrize(("overlap", "late"), LOOPS)
+@pytest.mark.parametrize("at_launch", [False, True])
+def test_a_step_that_fails_takes_its_requests_along_and_no_others(at_launch: bool, overlap: bool, late: bool) -> None:
+    for number in range(1, 9):
+        bench = Bench(overlap, late)
+        bench.loop._runner = Faulty(bench.runner, number, EngineFailure("out of memory"), at_launch)
+        asked = {n: request(str(n), list(range(n, n + 11)), 3 + n) for n in range(4)}
+        for ticket, what in asked.items():
+            bench.submit(ticket, what)
+            bench.round()
+        bench.rest()
+        failed = bench.heard(Failed)
+        assert failed and bench.heard(Finished).keys() == asked.keys() - failed.keys()
+        for ticket, what in asked.items():
+            got, answer = bench.tokens(ticket), oracle(what.tokens, what.params.max_tokens)
+            assert got == answer[: len(got)] and (ticket in failed or got == answer)
+        bench.submit(9, asked[0])
+        bench.rest()
+        assert bench.tokens(9) == oracle(asked[0].tokens, 3)
+
+
+@pytest.mark.parametrize(("overlap", "late"), LOOPS)
+@pytest.mark.parametrize("at_launch", [False, True])
+def test_a_broken_engine_ends_the_loop_and_all_are_told(at_launch: bool, overlap: bool, late: bool) -> None:
+    bench = Bench(overlap, late)
+    bench.loop._runner = Faulty(bench.runner, 3, EngineBroken("a rank is gone"), at_launch)
+    bench.submit(1, request("1", [1] * 30, 9))
+    bench.round()
+    bench.submit(2, request("2", [2] * 5, 9))
+    with pytest.raises(EngineBroken, match="a rank is gone"):
+        bench.rest()
+    assert bench.heard(Failed).keys() == {1, 2}
+
+
+def test_a_worker_does_not_turn_while_a_step_is_under_way() -> None:
+    """What it draws is nobody's any more; but it still writes blocks."""
+    bench = Bench(overlap=True, late=True)
+    bench.submit(1, request("1", [1, 2, 3], 30))
+    for _ in range(3):
+        bench.round()
+    said = list[bool]()
+    bench.cancel(1)
+    bench.inbox.post(Recast(lambda: bench.cast.play(Role.DECODE), 1e9, said.append))
+    roles = bench.loop.roles
+    bench.loop.inbox.post(FromRouter("router", Cancel(1)))
+    computed = bench.loop._running[0][1]
+    results = computed.results
+    seen = list[tuple[int, bool]]()
+
+    def watched() -> list[Sampled | None]:
+        seen.append((bench.table.manager.pinned, bench.loop.roles is roles))
+        return results()
+
+    bench.loop._running[0] = (bench.loop._running[0][0], Mock(results=watched))
+    bench.rest()
+    assert seen == [(1, True)] and said == [True] and bench.loop.roles is not roles
