@@ -24,14 +24,16 @@ EXPECTED = [*PROMPT, *oracle(PROMPT, 2 * LENGTH)]
 Step = list[Any]
 
 
-def begin(source: Role, transport: str, length: int = LENGTH) -> World:
+def begin(source: Role, transport: str, length: int = LENGTH, overlap: bool = False) -> World:
     """A request is at the source; if that decodes, it is told to let it go."""
-    world = World(source, transport)
+    world = World(source, transport, overlap)
     what = request("r", PROMPT, length)
     if source is Role.PREFILL:
         world.source.post(FromRouter("router", Submit(1, 1, what, world.target.own.ref)))
     else:
         world.source.post(FromRouter("router", Submit(1, 1, what)))
+        while not world.source.tokens:
+            world.source.step()
         world.source.post(FromRouter("router", Move(1, world.target.own.ref)))
     world.target.step()
     return world
@@ -129,7 +131,7 @@ def test_many_faults_at_random(source: Role, transport: str) -> None:
     for seed in range(400):
         rng = random.Random(seed)
         budget, path = rng.randrange(6), list[Step]()
-        with begin(source, transport, 2 * LENGTH) as world:
+        with begin(source, transport, 2 * LENGTH, overlap=seed % 2 == 1) as world:
             while moves := [move for move in world.moves() if move[-1] <= budget and len(path) < 40]:
                 *step, cost = rng.choices(moves, [_likely(*move) for move in moves])[0]
                 budget -= cost

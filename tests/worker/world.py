@@ -125,14 +125,14 @@ class Frames:
 class Bench:
     """One worker. What it says to others is in `to_targets` and `to_sources`, what it tells the router in `told`."""
 
-    def __init__(self, name: str, role: Role, clock: ManualClock, transport: str) -> None:
+    def __init__(self, name: str, role: Role, clock: ManualClock, transport: str, overlap: bool) -> None:
         self.pool, self.inbox = ToyPool(12), Inbox()
         self.frames = Frames(self.pool)
         self.to_targets: list[Any] = []
         self.to_sources: list[Any] = []
         self.tokens: list[TokenOut] = []
         self.said: list[object] = []
-        self.alive = True
+        self.alive, self.busy = True, False
         door = {"tcp": name, "shm": self.pool.shared.address(12)}
         self.own = replace(endpoint(name, name), host="here", doors=(door,))
         limits = Limits(
@@ -148,7 +148,8 @@ class Bench:
         self.inlet = RankInlet(self.pool.store, clock, self.inbox.post)
         self.roles = Cast(self.context, self.inlet, self.frames).play(role)
         self.poison = Poison(table.manager, self.pool.shared.memory.reshape(FORMAT.num_layers, 12, -1))
-        self.loop = EngineLoop(self.context, self.roles, ToyRunner(self.pool), self.inbox, clock, self._deliver)
+        runner = ToyRunner(self.pool)
+        self.loop = EngineLoop(self.context, self.roles, runner, self.inbox, clock, self._deliver, overlap)
         self.post(RouterJoined("router"))
 
     def _deliver(self, mail: Mail) -> None:
@@ -166,7 +167,7 @@ class Bench:
 
     def step(self) -> None:
         if self.alive:
-            self.loop.step()
+            self.busy = self.loop.step()
             self.poison.check()
             report = self.loop.inspect()
             assert report.ok, report.problem
@@ -185,10 +186,10 @@ class World:
     """A source and a target. `moves` lists what may happen next, each with what it costs of a budget of faults. To be
     closed."""
 
-    def __init__(self, source: Role, transport: str) -> None:
+    def __init__(self, source: Role, transport: str, overlap: bool = False) -> None:
         self.clock, self.cancelled = ManualClock(1.0), False
-        self.source = Bench("source", source, self.clock, transport)
-        self.target = Bench("target", Role.DECODE, self.clock, transport)
+        self.source = Bench("source", source, self.clock, transport, overlap)
+        self.target = Bench("target", Role.DECODE, self.clock, transport, overlap)
 
     def __enter__(self) -> World:
         return self
@@ -213,7 +214,7 @@ class World:
                 yield "deliver", name, i, int(i > 0)
                 yield "lose", name, i, 1
                 yield "double", name, i, 1
-        if self.source.running:
+        if self.source.running or self.source.busy:
             yield "step", "source", 0, 0
         for share in (60, 100):
             yield "wait", "", share, 1
@@ -273,7 +274,7 @@ class World:
         """Two worlds with the same key go on alike."""
         s, t = self.source, self.target
         return (
-            *(self.clock.now(), self.cancelled, s.alive, t.alive),
+            *(self.clock.now(), self.cancelled, s.alive, t.alive, s.busy, t.busy),
             repr(s.to_targets), repr(t.to_sources), repr(s.tokens), repr(t.tokens),
             repr(s.said), repr(t.said), *[(h, d) for h, d in s.frames.flying],
             [(k, v.state, v.filled, v.pending) for k, v in _handovers(t)], [(k, v.state) for k, v in _handovers(s)],
