@@ -26,6 +26,7 @@ from ..record import write
 from .idle import profile
 from .limits import Costs, throughput
 from .loop import Load, closed_loop
+from .served import Streams, served_loop
 from .steps import decode_steps, prefills
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -81,7 +82,8 @@ class Bench:
             self.say(part, asdict(step))
 
     def idle(self) -> None:
-        """Measured 4: the overlapped loop, and its plain twin beside it."""
+        """Measured 4: the overlapped loop, its plain twin beside it, and the former with every token streamed to a
+        router in another process."""
         cuda = self.engine.pool.flat.device.type == "cuda"
         for batch in self.workload.idle:
             load = Load(batch, self.workload.context, 4 * self.workload.idle_steps + 64)
@@ -92,8 +94,16 @@ class Bench:
                     loop.step(self.workload.idle_steps)
                     step_s = (time.perf_counter() - begin) / self.workload.idle_steps
                     seen = profile(lambda: loop.step(self.workload.idle_steps)) if cuda else None
-                found = {"batch": batch, "overlap": overlap, "step_s": step_s}
+                found = {"batch": batch, "overlap": overlap, "served": False, "step_s": step_s}
                 self.say("idle", found | (asdict(seen) if seen else {}))
+            streams = Streams(batch, load.prompt, load.output)
+            with served_loop(self.engine, self.config, streams) as served:
+                served.step(self.workload.idle_steps // 4)
+                step_s = served.step(self.workload.idle_steps) / self.workload.idle_steps
+                seen = profile(lambda: served.step(self.workload.idle_steps)) if cuda else None
+                said = served.said()
+            found = {"batch": batch, "overlap": True, "served": True, "step_s": step_s, "router": said}
+            self.say("idle", found | (asdict(seen) if seen else {}))
 
     def throughput(self) -> None:
         """Measured 3. `passes`: whether it found the setting with 17,000 tokens a second."""

@@ -31,7 +31,7 @@ class Idle:
     late_share: float
 
 
-def profile(work: Callable[[], None]) -> Idle:
+def profile(work: Callable[[], object]) -> Idle:
     """Of `work`, on CUDA. It must end with nothing under way."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:

@@ -81,7 +81,7 @@ class ClosedLoop:
             handover=handover,
         )  # fmt: skip
         roles = Cast(context, self._plane.inlet, self._plane.outlet).play(Role.COLOCATED)
-        self.loop = EngineLoop(context, roles, engine.runner, inbox, clock, self._deliver)
+        self.loop = EngineLoop(context, roles, engine.runner, inbox, clock, self._deliver, overlap)
         self._post = inbox.post
         self._post(RouterJoined(ROUTER))
 

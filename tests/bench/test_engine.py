@@ -174,7 +174,8 @@ def test_the_whole_bench_runs_on_a_cpu(tmp_path: Path) -> None:
     assert main([*options, "--out", str(tmp_path), "--parts", "steps,throughput,idle"]) == 0
     found = json.loads((tmp_path / "engine.json").read_text())["results"]
     assert [step["kind"] for step in found["steps"]] == ["decode", "decode", "prefill"]
-    assert [row["overlap"] for row in found["idle"]] == [True, False]
+    assert [(row["overlap"], row["served"]) for row in found["idle"]] == [(True, False), (False, False), (True, True)]
+    assert found["idle"][2]["router"]["tokens"] > 0
     assert found["throughput"][0]["tokens_per_s"] > 0 and found["throughput"][0]["limit_batch"] > 1000
 
 
