@@ -1,4 +1,4 @@
-"""The real engine loop in this process, fed in a closed loop: no server, no wire, every answer's length known.
+"""A closed loop of requests on the engine loop in this process: so many at any time, all lengths known.
 
 Prompts are random tokens and share nothing. To see a steady state at once, the first requests come as if they had
 answered a part already: their prompts are longer and their answers shorter, by lengths that are spread evenly.
@@ -12,24 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ...common.clock import RealClock
-from ...common.config import HandoverConfig
 from ...common.errors import BatonError
-from ...common.hashing import BlockHasher
-from ...common.messages import Cancel, Endpoint, Submit
-from ...common.types import Request, Role, SamplingParams, WorkerRef
-from ...engine.block_table import BlockTable
-from ...engine.loop import EngineLoop
-from ...engine.mailbox import FromRouter, Inbox, Mail, Outbox, RouterJoined
-from ...engine.role import Context, Limits
+from ...common.messages import StepReport
+from ...common.types import Request, SamplingParams
 from ...engine.runner import Engine
-from ...kvtransfer.plane import Plane, this_host
-from ...worker.cast import Cast
-from ...worker.compute import store_of
-
-ROUTER = "bench"
-MAX_POSTS = 256
-"""Requests that are posted in one round: fewer than the inbox takes of one router."""
+from .local import MAX_POSTS, LocalWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,100 +44,72 @@ class Window:
 
 
 class ClosedLoop:
-    """A colocated worker's loop over `engine`, which it alone uses while it lives."""
+    """`load` on a worker of its own."""
 
-    def __init__(self, engine: Engine, max_batch_tokens: int, max_running: int, overlap: bool, seed: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, load: Load, max_batch_tokens: int, overlap: bool, spread: bool, seed: int = 0
+    ) -> None:
+        """`spread`: see the top of this file."""
+        self._worker = LocalWorker(engine, max_batch_tokens, load.concurrency, overlap, self._hear)
         self._rng = random.Random(seed)
         self._vocab = engine.vocab_size
-        self._load = Load(0, 0, 0)
-        self._tickets = 0
+        self._load = load
         self._live: set[int] = set()
-        self.finished = 0
-        ref = WorkerRef("bench", "", 1)
-        inbox, clock, handover = Inbox(), RealClock(), HandoverConfig()
-        store = store_of(engine.pool, checked=False)
-        self._plane = Plane(ref, store, handover, "", "127.0.0.1", clock, None, inbox.post, None, "")
-        context = Context(
-            endpoint=Endpoint(ref, engine.fingerprint, engine.format, this_host(), (self._plane.door,)),
-            table=BlockTable(engine.num_blocks, BlockHasher(engine.format.block_size)),
-            outbox=Outbox(),
-            limits=Limits(
-                vocab_size=engine.vocab_size, eos_ids=engine.eos_ids, max_model_len=engine.max_model_len,
-                max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=1 << 16,
-            ),
-            handover=handover,
-        )  # fmt: skip
-        roles = Cast(context, self._plane.inlet, self._plane.outlet).play(Role.COLOCATED)
-        self.loop = EngineLoop(context, roles, engine.runner, inbox, clock, self._deliver, overlap)
-        self._post = inbox.post
-        self._post(RouterJoined(ROUTER))
+        self._ending = False
+        self._finished = 0
+        self._due = [load.output * number // load.concurrency if spread else 0 for number in range(load.concurrency)]
+        self.loop = self._worker.loop
 
     @property
     def live(self) -> int:
-        """Requests that have been submitted and not ended."""
-        return len(self._live)
+        """Requests that have begun, or are about to, and have not ended."""
+        return len(self._live) + len(self._due)
 
-    def fill(self, load: Load, spread: bool = True) -> None:
-        """Submit the first requests, and go round until all of them decode. `spread`: see the top of this file."""
-        self._load = load
-        for number in range(load.concurrency):
-            self._submit(load.output * number // load.concurrency if spread else 0)
-            if number % MAX_POSTS == MAX_POSTS - 1:
-                self.loop.step()
-        self.loop.step()
-        while self.loop.load().waiting:
-            self.loop.step()
+    def fill(self) -> None:
+        """Go round until all of the first requests decode."""
+        self.step(1)
+        while self._due or self.loop.load().waiting:
+            self.step(1)
 
     def run(self, seconds: float) -> Window:
         """Go round for so long. Raises `BatonError` where a request fails."""
         stats = self.loop.context.stats
-        steps, tokens, preemptions, finished = stats.steps, stats.output_tokens, stats.preemptions, self.finished
+        steps, tokens, preemptions, finished = stats.steps, stats.output_tokens, stats.preemptions, self._finished
         begin = time.perf_counter()
         while (now := time.perf_counter()) < begin + seconds:
-            self.loop.step()
+            self.step(1)
         return Window(
-            now - begin, stats.steps - steps, stats.output_tokens - tokens, self.finished - finished,
+            now - begin, stats.steps - steps, stats.output_tokens - tokens, self._finished - finished,
             stats.preemptions - preemptions,
         )  # fmt: skip
 
     def step(self, count: int) -> None:
+        """Rounds of the loop, each with the requests that are due before it."""
         for _ in range(count):
+            now, self._due = self._due[:MAX_POSTS], self._due[MAX_POSTS:]
+            for answered in now:
+                self._submit(answered)
             self.loop.step()
 
     def close(self) -> None:
-        """Cancel what runs, go round until nothing is left, and hang up."""
-        self._load = Load(0, 0, 0)
-        for number, ticket in enumerate(self._live):
-            self._post(FromRouter(ROUTER, Cancel(ticket)))
-            if number % MAX_POSTS == MAX_POSTS - 1:
-                self.loop.step()
-        while self.loop.step() or self._busy():
-            pass
-        self._plane.stop()
+        """Cancel what runs; nothing is left."""
+        self._ending, self._due = True, []
+        self._worker.close(list(self._live))
 
-    def _busy(self) -> bool:
-        load = self.loop.load()
-        return bool(load.running or load.waiting)
-
-    def _submit(self, answered: int = 0) -> None:
-        self._tickets += 1
-        self._live.add(self._tickets)
+    def _submit(self, answered: int) -> None:
         count = self._load.prompt + answered
         tokens = tuple(self._rng.choices(range(self._vocab), k=count))
         params = SamplingParams(max_tokens=self._load.output - answered, temperature=0.0, ignore_eos=True)
-        request = Request(str(self._tickets), tokens, count, params)
-        self._post(FromRouter(ROUTER, Submit(self._tickets, 1, request)))
+        self._live.add(self._worker.submit(Request("bench", tokens, count, params)))
 
-    def _deliver(self, mail: Mail) -> None:
-        for report in mail.reports.values():
-            for failed in report.failed:
-                if failed.ticket in self._live and self._load.concurrency:
-                    raise BatonError(f"a request failed: {failed.message}")
-            for done in report.finished:
-                self._live.discard(done.ticket)
-                self.finished += 1
-                if len(self._live) < self._load.concurrency:
-                    self._submit()
+    def _hear(self, report: StepReport) -> None:
+        if report.failed and not self._ending:
+            raise BatonError(f"a request failed: {report.failed[0].message}")
+        for done in report.finished:
+            self._live.discard(done.ticket)
+            self._finished += 1
+            if not self._ending:
+                self._due.append(0)
 
 
 @contextmanager
@@ -158,9 +117,9 @@ def closed_loop(
     engine: Engine, load: Load, max_batch_tokens: int, overlap: bool, spread: bool = True
 ) -> Iterator[ClosedLoop]:
     """One in its steady state, and nothing of it left afterwards."""
-    loop = ClosedLoop(engine, max_batch_tokens, load.concurrency, overlap)
+    loop = ClosedLoop(engine, load, max_batch_tokens, overlap, spread)
     try:
-        loop.fill(load, spread)
+        loop.fill()
         yield loop
     finally:
         loop.close()
