@@ -72,10 +72,11 @@ class ContinuousBatching:
                 break
             if not sequence.blocks:
                 continue  # preempted a moment ago for an older one
-            if sequence.pending and sequence.length >= sequence.limit:
+            length = sequence.length
+            if sequence.pending and length >= sequence.limit:
                 continue  # the step that is under way draws its last token
-            if self._make_room(sequence, plan):
-                plan.add(sequence, min(sequence.missing, plan.budget))
+            if self._table.grow(sequence, length) or self._make_room(sequence, plan):
+                plan.add(sequence, min(length - sequence.launched, plan.budget))
             elif plan.short:
                 break
 

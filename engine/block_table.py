@@ -85,9 +85,10 @@ class BlockTable:
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Make room for this many tokens in all. False, and nothing is taken, if the pool has none now."""
-        fresh = self.blocks_for(tokens) - len(sequence.blocks)
-        if fresh <= 0:
+        held = len(sequence.blocks)
+        if tokens <= held * self.block_size:
             return True
+        fresh = self.blocks_for(tokens) - held
         if fresh > self.manager.available:
             return False
         sequence.blocks.extend(self.manager.allocate(fresh))
@@ -96,9 +97,10 @@ class BlockTable:
     def advance(self, sequence: Sequence, count: int) -> None:
         """KV of `count` more tokens is in the pool: blocks that became full can be found by others from now on."""
         first = sequence.computed // self.block_size
-        sequence.computed += count
-        sequence.launched = max(sequence.launched, sequence.computed)
-        last = sequence.computed // self.block_size
+        sequence.computed = computed = sequence.computed + count
+        if sequence.launched < computed:
+            sequence.launched = computed
+        last = computed // self.block_size
         if first < last:
             hashes = self.chain(sequence)
             for i in range(first, last):
@@ -122,8 +124,9 @@ class BlockTable:
     def launch(self, slices: Iterable[Slice]) -> Flight:
         """A step is about to compute these. Flights end in the order of their launches."""
         for part in slices:
-            part.sequence.launched += part.count
-            part.sequence.pending += part.samples
+            sequence = part.sequence
+            sequence.launched += part.count
+            sequence.pending += part.samples
         flight = Flight()
         self._flights.append(flight)
         return flight
@@ -131,8 +134,9 @@ class BlockTable:
     def computed(self, part: Slice) -> None:
         """The oldest flight has come back with this; its sequence is not gone. What it sampled is pending no more: the
         caller knows it."""
-        part.sequence.pending -= part.samples
-        self.advance(part.sequence, part.count)
+        sequence = part.sequence
+        sequence.pending -= part.samples
+        self.advance(sequence, part.count)
 
     def end(self) -> None:
         """The oldest flight is over: nothing of it writes any more."""

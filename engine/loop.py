@@ -26,7 +26,7 @@ from ..common.messages import CheckReport, KvEvents, Load, Resync
 from .block_manager import BlockLeak
 from .block_table import Flight
 from .mailbox import FromRouter, Inbox, Inspect, Mail, Recast, RouterGone, RouterJoined
-from .plan import Launched, Runner, Slice, StepPlan
+from .plan import Launched, Runner, StepPlan
 from .role import Context, Role
 
 log = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class EngineLoop:
     def _measure(self, plan: StepPlan, seconds: float) -> None:
         stats = self.context.stats
         stats.steps += 1
-        chunk = sum(part.count for part in plan.slices if not _decodes(part))
+        chunk = sum([part.count for part in plan.slices if part.count != 1 or not part.samples])
         if chunk >= 32:  # smaller chunks say more about overheads than about the rate
             stats.prefill_tokens_per_s = _smooth(stats.prefill_tokens_per_s, chunk / max(seconds, 1e-9))
         elif chunk == 0:
@@ -296,10 +296,6 @@ class EngineLoop:
             handovers=sum(role.handovers for role in self.roles),
             preemptions=self.context.stats.preemptions,
         )
-
-
-def _decodes(part: Slice) -> bool:
-    return part.count == 1 and part.samples
 
 
 def _smooth(old: float, new: float, weight: float = 0.2) -> float:

@@ -209,7 +209,9 @@ class Outbox:
         return report
 
     def token(self, key: SequenceKey, position: int, token: int, logprob: TokenLogprob | None) -> None:
-        self._report(key[0]).tokens.add(key[1], position, token, logprob)
+        router, ticket = key
+        report = self._reports.get(router) or self._report(router)
+        report.tokens.add(ticket, position, token, logprob)
 
     def started(self, key: SequenceKey, cached_tokens: int) -> None:
         self._report(key[0]).started.append(Started(key[1], cached_tokens))

@@ -47,7 +47,8 @@ class StepPlan:
 
     def add(self, sequence: Sequence, count: int) -> Slice:
         """The next `count` tokens of a sequence that no launched step computes."""
-        part = Slice.of(sequence, sequence.launched, count)
+        start = sequence.launched
+        part = Slice(sequence, start, count, start + count == sequence.length)
         self.slices.append(part)
         self.budget -= count
         return part

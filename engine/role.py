@@ -85,10 +85,9 @@ class Context:
 
     def ending(self, sequence: Sequence) -> FinishReason | None:
         """Why the request ends with its last token; None if it goes on."""
-        params, token = sequence.params, sequence.tokens[-1]
-        if sequence.output_len >= params.min_tokens and (
-            token in params.stop_token_ids or (token in self.limits.eos_ids and not params.ignore_eos)
-        ):
+        params, token = sequence.request.params, sequence.tokens[-1]
+        stops = token in params.stop_token_ids or (token in self.limits.eos_ids and not params.ignore_eos)
+        if stops and sequence.output_len >= params.min_tokens:
             return FinishReason.STOP
         if len(sequence.tokens) >= sequence.limit:
             return FinishReason.LENGTH

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -53,7 +54,9 @@ class EngineThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.engine.set_result(build(self._config, self._progress, self._followers))
+            engine = build(self._config, self._progress, self._followers)
+            gc.freeze()  # torch's objects live for ever: walking them all would stop the loop for a third of a second
+            self.engine.set_result(engine)
         except Exception as error:  # a thread's edge: the main thread raises it
             self.engine.set_exception(error)
             return
