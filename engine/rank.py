@@ -15,7 +15,7 @@ import torch
 from ..common.config import EngineConfig, split_threads
 from ..common.errors import InvalidRequest
 from ..common.kv_format import KvFormat
-from ..kernels.converted import ConvertedKvOps
+from ..kernels.ops import Heads
 from ..kernels.quantised import TYPES
 from ..kernels.select import select_ops
 from .batch import Batch
@@ -72,11 +72,9 @@ def load_rank(
     folder = Path(config.model)
     whole = ModelConfig.load(folder)
     heads = (whole.num_heads, whole.num_kv_heads, whole.head_dim)
-    ops = select_ops(device, dtype, *heads, config.block_size)
     kv_dtype = type_name(dtype) if config.kv_dtype == "auto" else config.kv_dtype
     format = KvFormat(whole.num_layers, *heads[1:], config.block_size, kv_dtype, tp)
-    if TYPES[kv_dtype] != dtype:
-        ops = ConvertedKvOps(ops, TYPES[kv_dtype])
+    ops = select_ops(device, dtype, TYPES[kv_dtype], Heads(*heads), config.block_size)
     part = shard(whole, tp, number)
     if config.dummy_weights:
         weights = dummy_weights(part, ops, dtype, device, progress)

@@ -1,7 +1,7 @@
 """The operations that the model is made of, as an interface, and the choice between its implementations.
 
 `reference.TorchOps` works on any device and type and is the oracle of all tests; `native.NativeOps` is compiled C for
-float32 on CPU. This folder imports nothing of ours.
+float32 on CPU, `triton_ops.TritonOps` kernels for a GPU. This folder imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class Ops(Protocol):
     def rotate_and_store(
         self, qkv: torch.Tensor, heads: Heads, table: torch.Tensor, rows: Rows, kv: torch.Tensor
     ) -> None:
-        """Normalise (where asked) and rotate queries and keys of qkv [T, (H + 2 G) D] in place, and copy keys and
-        values into kv [blocks, 2, G, block_size, D]. `table`: [positions, 2, D / 2] cos and sin."""
+        """Normalise (where asked) and rotate queries and keys of qkv [T, (H + 2 G) D], queries in place, and copy keys
+        and values into kv [blocks, 2, G, block_size, D]. What becomes of the keys in qkv is open. `table`:
+        [positions, 2, D / 2] cos and sin."""
         ...
 
     def attention(self, qkv: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor) -> torch.Tensor:

@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
+from .converted import ConvertedKvOps
 from .native import NativeOps, load_library, supports
-from .ops import Ops
+from .ops import Heads, Ops
 from .reference import TorchOps
+
+log = logging.getLogger(__name__)
 
 
 def select_ops(
-    device: torch.device, dtype: torch.dtype, queries: int, keys: int, head_dim: int, block_size: int
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    heads: Heads,
+    block_size: int,
+    deterministic: bool = False,
 ) -> Ops:
-    """By rule, not by measurement, so that all workers of one kind compute the same numbers: compiled C for float32
-    on a CPU where there is a compiler and the shape fits, torch otherwise."""
-    if device.type == "cpu" and dtype == torch.float32 and supports(queries, keys, head_dim, block_size):
-        library = load_library()
-        if library is not None:
-            return NativeOps(library, torch.get_num_threads())
-    return TorchOps()
+    """By rule, not by measurement, so that all workers of one kind compute the same numbers: on a GPU our kernels, on
+    a CPU compiled C for float32, each where it can be had and takes the shape of the heads; torch otherwise.
+
+    `kv_dtype` is the type of the pool, one of `quantised.TYPES`. `deterministic` asks for operations whose rows have
+    the same bits in every batch; compiled C is so in any case. Raises `ValueError` where there are none.
+    """
+    if device.type == "cuda" and (ops := _triton(device, kv_dtype, heads, deterministic)) is not None:
+        return ops
+    base: Ops | None = None
+    if device.type == "cpu" and dtype == torch.float32 and supports(heads.queries, heads.keys, heads.dim, block_size):
+        base = _native()
+    if base is None:
+        if deterministic:
+            raise ValueError(f"no deterministic operations for {dtype} on {device.type} with heads of {heads.dim}")
+        base = TorchOps()
+    return base if kv_dtype == dtype else ConvertedKvOps(base, kv_dtype)
+
+
+def _native() -> Ops | None:
+    library = load_library()
+    return None if library is None else NativeOps(library, torch.get_num_threads())
+
+
+def _triton(device: torch.device, kv_dtype: torch.dtype, heads: Heads, deterministic: bool) -> Ops | None:
+    """None, with a line in the log, where Triton is missing, cannot compile, or its kernels do not take the heads."""
+    try:
+        from . import attention
+        from .triton_ops import TritonOps
+
+        if attention.supports(heads):
+            ops = TritonOps(kv_dtype, deterministic)
+            ops.silu_mul(torch.zeros(1, 32, device=device))
+            return ops
+        log.warning("the Triton kernels do not take heads of %d, torch is used", heads.dim)
+    except (ImportError, OSError, RuntimeError) as error:  # no Triton, no C compiler, a device it does not know
+        log.warning("the Triton kernels are not available, torch is used: %s", error)
+    return None

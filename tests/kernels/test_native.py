@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from baton.kernels.converted import ConvertedKvOps
 from baton.kernels.native import NativeOps, load_library, supports
 from baton.kernels.ops import Heads, Rows
 from baton.kernels.reference import TorchOps
@@ -164,7 +165,10 @@ def test_without_a_compiler_torch_takes_over(
     assert load_library.__wrapped__() is None
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     monkeypatch.setattr("baton.kernels.select.load_library", lambda: None)
-    assert select_ops(torch.device("cpu"), torch.float32, 9, 3, 64, 16).name == "torch"
+    cpu, kind, heads = torch.device("cpu"), torch.float32, Heads(9, 3, 64)
+    assert select_ops(cpu, kind, kind, heads, 16).name == "torch"
+    with pytest.raises(ValueError, match="no deterministic operations"):
+        select_ops(cpu, kind, kind, heads, 16, deterministic=True)
 
 
 def test_the_name_is_the_same_for_any_number_of_threads(native: NativeOps) -> None:
@@ -175,10 +179,17 @@ def test_the_name_is_the_same_for_any_number_of_threads(native: NativeOps) -> No
 
 
 def test_operations_are_chosen_by_rule(native: NativeOps) -> None:
-    cpu = torch.device("cpu")
-    assert select_ops(cpu, torch.float32, 9, 3, 64, 16).name == native.name
-    assert select_ops(cpu, torch.bfloat16, 9, 3, 64, 16).name == "torch"
-    assert select_ops(cpu, torch.float32, 9, 3, 8, 16).name == "torch"
+    cpu, heads = torch.device("cpu"), Heads(9, 3, 64)
+    exact, half = torch.float32, torch.bfloat16
+    for deterministic in (False, True):
+        assert select_ops(cpu, exact, exact, heads, 16, deterministic).name == native.name
+        converted = select_ops(cpu, exact, torch.int8, heads, 16, deterministic)
+        assert isinstance(converted, ConvertedKvOps)
+        assert converted.name == native.name
+    for dtype, shape in ((half, heads), (exact, Heads(9, 3, 8))):
+        assert select_ops(cpu, dtype, dtype, shape, 16).name == "torch"
+        with pytest.raises(ValueError, match="no deterministic operations"):
+            select_ops(cpu, dtype, dtype, shape, 16, deterministic=True)
 
 
 def test_shapes_that_the_compiled_attention_refuses() -> None:

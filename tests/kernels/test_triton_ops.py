@@ -1,0 +1,130 @@
+"""A whole model on the Triton operations against plain torch, and against itself where it is to be deterministic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from baton.engine.plan import Sampled, StepPlan
+from baton.engine.runner import Engine
+from baton.kernels import select
+from baton.kernels.converted import ConvertedKvOps
+from baton.kernels.ops import Heads, Ops
+from baton.kernels.quantised import TYPES
+from baton.kernels.reference import TorchOps
+
+from ..engine.test_model import prompts, sequence, start
+from ..engine.test_runner import kept
+from ..tiny import make_checkpoint
+from .hopper import DEVICE
+
+pytest.importorskip("triton")
+from baton.kernels.triton_ops import TritonOps
+
+Start = Callable[..., Engine]
+Sequence = Any
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Starts an engine on the operations that are made for the type of its pool."""
+
+    def build(path: Path, make: Callable[[torch.dtype], Ops], **settings: Any) -> Engine:
+        monkeypatch.setattr("baton.engine.rank.select_ops", lambda device, dtype, kept, *shape: make(kept))
+        return start(path, device=DEVICE.type, max_batch_tokens=8, **({"dtype": "float32"} | settings))
+
+    return build
+
+
+def plain(kept: torch.dtype) -> Ops:
+    return TorchOps() if kept == torch.float32 else ConvertedKvOps(TorchOps(), kept)
+
+
+def deterministic(kept: torch.dtype) -> Ops:
+    return TritonOps(kept, deterministic=True)
+
+
+def step(engine: Engine, *parts: tuple[Sequence, int]) -> list[Sampled | None]:
+    """Compute so many tokens of each sequence; what is sampled is appended where nothing is known to follow."""
+    plan = StepPlan(budget=1000)
+    for owner, count in parts:
+        plan.add(owner, count)
+    results = engine.runner.launch(plan).results()
+    for (owner, count), result in zip(parts, results, strict=True):
+        owner.launched += count
+        owner.tokens += [result.token] if result else []
+    return results
+
+
+def talk(engine: Engine) -> list[Sampled]:
+    """Two requests: chunks of both, a chunk beside a decode, then decodes of both."""
+    first, second = (sequence(tokens, 1 + 20 * i, i, logprobs=5) for i, tokens in enumerate(prompts(26, 7)))
+    found = step(engine, (first, 20))
+    found += step(engine, (first, 6), (second, 4))
+    found += step(engine, (second, 3), (first, 1))
+    found += step(engine, (first, 1), (second, 1))
+    return [each for each in found if each is not None]
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides", "kv_dtype"),
+    [("qwen3", {}, "float32"), ("qwen3", {}, "int8"), ("qwen2", WINDOW, "float8_e4m3")],
+)
+def test_a_model_computes_what_plain_torch_does(
+    tmp_path: Path, started: Start, arch: str, overrides: dict[str, Any], kv_dtype: str
+) -> None:
+    """With norms of queries and keys, with biases and a sliding window."""
+    path = make_checkpoint(tmp_path, arch, num_hidden_layers=2, **overrides)
+    expected = talk(started(path, plain, kv_dtype=kv_dtype))
+    found = talk(started(path, TritonOps, kv_dtype=kv_dtype))
+    assert [each.token for each in found] == [each.token for each in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprob and theirs.logprob
+        assert dict(ours.logprob.top) == pytest.approx(dict(theirs.logprob.top), abs=1e-3)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_the_deterministic_variant_computes_the_same_bits_however_a_request_is_scheduled(
+    tmp_path: Path, started: Start, kv_dtype: str
+) -> None:
+    """Decoded alone; and again after all of it was lost, in chunks beside others and as one prompt."""
+    path = make_checkpoint(tmp_path, "llama", num_hidden_layers=2)
+    engine = started(path, deterministic, dtype="bfloat16", kv_dtype=kv_dtype)
+    assert engine.runner.operations == "triton-deterministic"
+    tokens, other = prompts(14, 20)
+    alone = sequence(tokens, 1, logprobs=5)
+    step(engine, (alone, 14))
+    said = [step(engine, (alone, 1)) for _ in range(3)][-1]
+    crowd = sequence(other, 61)
+    chunked, whole = (sequence(alone.tokens[:-1], first, logprobs=5) for first in (21, 41))
+    step(engine, (crowd, 11), (chunked, 3))
+    step(engine, (chunked, 1), (crowd, 9))
+    assert step(engine, (chunked, 13), (crowd, 1))[0] == said[0]
+    assert step(engine, (crowd, 1), (whole, 17))[1] == said[0]
+    expected = kept(engine, alone.blocks, 17)
+    for owner in (chunked, whole):
+        for found, wanted in zip(kept(engine, owner.blocks, 17), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_they_are_chosen_where_they_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = TYPES["int8"]
+    found = [select._triton(DEVICE, kind, Heads(4, 2, 64), deterministic) for deterministic in (False, True)]
+    assert [each and each.name for each in found] == ["triton", "triton-deterministic"]
+    assert caplog.records == []
+    assert select._triton(DEVICE, kind, Heads(4, 2, 80), False) is None
+
+    def broken(gate_up: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr("baton.kernels.row_kernels.silu_mul", broken)
+    assert select._triton(DEVICE, kind, Heads(4, 2, 64), False) is None
+    assert ["heads of 80" in caplog.messages[0], "0 active drivers" in caplog.messages[1]] == [True, True]
