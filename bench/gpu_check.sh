@@ -20,7 +20,7 @@ export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
-parts=${PARTS:-tests engine pair kernels kvtransfer}
+parts=${PARTS:-tests memory engine pair kernels kvtransfer}
 failed=()
 
 "$python" -m baton.bench.gpu_needs || exit 2
@@ -38,12 +38,17 @@ run() {
     echo "=== $part: code $code after $((SECONDS - begin)) s"
 }
 
-# 525 s in all, with the seconds that killing takes.
-run tests 100 -m pytest tests/gpu -p no:cacheprovider -o addopts="--import-mode=importlib -q" --durations=10
-run engine 190 -m baton.bench.engine --out "$out"
-run pair 95 -m baton.bench.engine.pair --out "$out"
-run kernels 85 -m baton.bench.kernels --sweep --out "$out"
-run kvtransfer 40 -m baton.bench.gpu_kvtransfer --out "$out"
+test=(-m pytest -p no:cacheprovider -o "addopts=--import-mode=importlib -q" --durations=10)
+together=(tests/gpu --ignore=tests/gpu/test_memory.py)
+"$python" -c 'import xdist' 2>/dev/null && together+=(-n 6) # most of their time goes into compiling
+
+# 523 s in all, with the seconds that killing takes.
+run tests 90 "${test[@]}" "${together[@]}"
+run memory 50 "${test[@]}" tests/gpu/test_memory.py
+run engine 170 -m baton.bench.engine --out "$out"
+run pair 85 -m baton.bench.engine.pair --out "$out"
+run kernels 75 -m baton.bench.kernels --sweep --out "$out"
+run kvtransfer 35 -m baton.bench.gpu_kvtransfer --out "$out"
 
 for part in "${failed[@]}"; do echo "not all right: $part" >&2; done
 [[ ${#failed[@]} -eq 0 ]]

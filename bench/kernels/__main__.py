@@ -43,8 +43,8 @@ def run(interpret: bool, sweep: bool, only: str) -> Iterator[tuple[dict[str, Any
                 yield asdict(found), measure(device, case, found)
             del case  # and with it its inputs, before the next one's are made
     if sweep:
-        for config, case in attention_sweep(shape, device):
-            yield asdict(found), measure(device, case, found, config)
+        for measured in attention_sweep(shape, device, found):
+            yield asdict(found), measured
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from ...kernels.attention import Config
+from ..ceilings import Ceilings
 from .attention import decode, prefill
-from .cases import Case
+from .cases import Case, Measured, measure
 from .shapes import Shape
 
 SPLITS = tuple(
@@ -28,20 +34,48 @@ PREFILLS = tuple(
 )  # fmt: skip
 SHARED_MEMORY = 227 << 10
 """Of one Hopper multiprocessor."""
+COMPILERS = 8
+"""Processes that compile before anything is timed, one configuration after the other."""
 
 
-def attention_sweep(shape: Shape, device: torch.device) -> Iterator[tuple[str, Case]]:
+def attention_sweep(shape: Shape, device: torch.device, ceilings: Ceilings) -> Iterator[Measured]:
     """Decode at the shape's middle batch and context, prefill at its first, in each configuration that fits."""
     batch, context = shape.decodes[len(shape.decodes) // 2]
-    for config in SPLITS:
-        if fits(config):
-            name = f"batch {batch}, context {context}"
-            yield str(config), decode(shape, device, [context] * batch, name, config)
+    splits = [config for config in SPLITS if fits(config)]
+    if device.type == "cuda":
+        _compile(shape, [(config, True) for config in splits] + [(config, False) for config in PREFILLS])
+    for config in splits:
+        case = decode(shape, device, [context] * batch, f"batch {batch}, context {context}", config)
+        yield _measure(device, case, ceilings, config)
     for config in PREFILLS:
-        yield str(config), prefill(shape, device, *shape.prefills[0], config)
+        yield _measure(device, prefill(shape, device, *shape.prefills[0], config), ceilings, config)
 
 
 def fits(config: Config) -> bool:
     """Whether the tiles of K and V that are on their way fit a multiprocessor, with all programs that shall share it:
     two bytes a value, and all stages but the one that is computed with."""
     return 4 * config.values * (config.stages - 1) * config.resident <= SHARED_MEMORY
+
+
+def _measure(device: torch.device, case: Case, ceilings: Ceilings, config: Config) -> Measured:
+    """NaN where the device has not what the configuration takes."""
+    try:
+        return measure(device, case, ceilings, str(config))
+    except OutOfResources as error:
+        nan = float("nan")
+        return Measured(case.kernel, case.shape, nan, "bytes", nan, nan, nan, None, f"{config}: {error}")
+
+
+def _compile(shape: Shape, wanted: list[tuple[Config, bool]]) -> None:
+    """Into Triton's cache, from which this process then takes them."""
+    workers = min(COMPILERS, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_run_once, [shape] * len(wanted), *zip(*wanted, strict=True)))
+
+
+def _run_once(shape: Shape, config: Config, decodes: bool) -> None:
+    """On little. What the device has not enough for is told where it is timed."""
+    device = torch.device("cuda")
+    case = decode(shape, device, [64], "", config) if decodes else prefill(shape, device, 64, 0, config)
+    with contextlib.suppress(OutOfResources):
+        case.calls[0]()
