@@ -64,11 +64,16 @@ async def test_pools_too_small_for_all(house: House, router: Router) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_storm(house: House, router: Router, seed: int) -> None:
-    """Workers of both roles die and come back under the same name, clients leave, all at random."""
+    """Workers of both roles die and come back under the same name, clients leave, all at random. Two of three storms
+    with two steps under way."""
     rng = random.Random(seed)
+
+    def engine() -> ToyEngine:
+        return slowly(ToyEngine(num_blocks=80, late=seed > 0), 0.002)
+
     roles = {"prefill-0": Role.PREFILL, "prefill-1": Role.PREFILL, "decode-0": Role.DECODE, "decode-1": Role.DECODE}
     for name, role in roles.items():
-        await house.worker(name, role, slowly(ToyEngine(num_blocks=80), 0.002))
+        await house.worker(name, role, engine())
     await ready(router)
 
     async def killer() -> None:
@@ -77,7 +82,7 @@ async def test_storm(house: House, router: Router, seed: int) -> None:
             name = rng.choice(sorted(roles))
             await house.kill(name)
             await asyncio.sleep(rng.uniform(0.0, 0.2))
-            await house.worker(name, roles[name], slowly(ToyEngine(num_blocks=80), 0.002))
+            await house.worker(name, roles[name], engine())
 
     async def client(number: int) -> None:
         await asyncio.sleep(rng.uniform(0.0, 2.0))

@@ -165,9 +165,11 @@ def test_what_has_ended_has_no_second_life() -> None:
         ends(world, [])
 
 
-def test_a_source_that_decodes_does_not_trust_what_it_sent_damaged() -> None:
-    """The memory went wrong, not the wire: the request stays, and its KV is computed again before the next token."""
-    with begin(Role.COLOCATED, "tcp", 2 * LENGTH) as world:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_source_that_decodes_does_not_trust_what_it_sent_damaged(overlap: bool) -> None:
+    """The memory went wrong, not the wire: the request stays, and its KV is computed again before the next token. One
+    that was drawn from the damaged KV, and is not known yet, nobody hears of."""
+    with begin(Role.COLOCATED, "tcp", 2 * LENGTH, overlap) as world:
         world.play("deliver", "control", 0)
         world.play("deliver", "answer", 0)
         header, data = world.source.frames.flying[0]
@@ -183,10 +185,11 @@ def test_a_source_that_decodes_does_not_trust_what_it_sent_damaged() -> None:
         assert [t.position for t in world.source.tokens][-1] == len(EXPECTED) - 1
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("reserved", [False, True])
-def test_who_is_preempted_on_its_way_stays_and_says_so(reserved: bool) -> None:
+def test_who_is_preempted_on_its_way_stays_and_says_so(reserved: bool, overlap: bool) -> None:
     """The router waits for a word on the move, or it would never move that request again."""
-    with World(Role.COLOCATED, "tcp") as world:
+    with World(Role.COLOCATED, "tcp", overlap) as world:
         source, target, table = world.source, world.target, world.source.context.table
         for ticket, length in ((1, 30), (2, 20)):
             prompt = [ticket, *PROMPT]

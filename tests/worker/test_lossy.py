@@ -122,7 +122,8 @@ async def test_bad_weather(house: House, transport: str, seed: int) -> None:
     weather = Weather(seed)
     for name, role in (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE), ("decode-1", Role.DECODE)):
         settings: dict[str, object] = {"transport": transport, "lease_s": LEASE_S, "frame_bytes": 128}
-        expose(await house.worker(name, role, toy_engine(LEASE_S, num_blocks=48), **settings), weather)
+        engine = toy_engine(LEASE_S, num_blocks=48, late=seed % 2 == 0)
+        expose(await house.worker(name, role, engine, **settings), weather)
     router = Router("router", RouterConfig(lease_s=2.0, heartbeat_s=0.1, max_attempts=1000), "secret")
     await router.start(house.members())
     try:

@@ -19,8 +19,8 @@ from tests.worker.asking import ask, ready
 TIMEOUT_S = 40.0
 
 
-def slow(num_blocks: int = 1200, seconds: float = 0.01) -> ToyEngine:
-    engine = ToyEngine(num_blocks=num_blocks)
+def slow(num_blocks: int = 1200, seconds: float = 0.01, late: bool = False) -> ToyEngine:
+    engine = ToyEngine(num_blocks=num_blocks, late=late)
     engine.runner.before = lambda plan: time.sleep(seconds)
     return engine
 
@@ -37,11 +37,11 @@ async def drained(house: House, name: str) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-async def test_a_drain_takes_its_requests_along(house: House, router: Router, transport: str) -> None:
+@pytest.mark.parametrize(("transport", "late"), [("shm", True), ("tcp", False)])
+async def test_a_drain_takes_its_requests_along(house: House, router: Router, transport: str, late: bool) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     for name in ("decode-0", "decode-1"):
-        await house.worker(name, Role.DECODE, slow(), transport=transport)
+        await house.worker(name, Role.DECODE, slow(late=late), transport=transport)
     await ready(router, 3)
     seeds, length = range(24), 140
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:

@@ -144,7 +144,7 @@ async def test_roles_change_all_the_time_under_load(house: House, router: Router
     await house.worker("p", Role.PREFILL)
     await house.worker("d", Role.DECODE)
     for name in names:
-        await house.worker(name, Role.DECODE)
+        await house.worker(name, Role.DECODE, ToyEngine(late=name == "w-1"))
     await ready(router, p="prefill", d="decode", w_0="decode", w_1="decode", w_2="decode")
     rng, turns = random.Random(3), 0
 

@@ -215,9 +215,9 @@ MOVING: dict[str, Point] = {
 POINTS = SOURCE | TARGET | PAIR | PAIR_SOURCE | PAIR_TARGET | MOVING
 
 
-def toy_engine(lease_s: float, step_s: float = 0.0, num_blocks: int = 64) -> ToyEngine:
+def toy_engine(lease_s: float, step_s: float = 0.0, num_blocks: int = 64, late: bool = False) -> ToyEngine:
     """One that can have process groups as well. Its steps take `step_s` seconds at least."""
-    engine = ToyEngine(num_blocks, groups=ProcessGroups(torch.device("cpu"), "127.0.0.1", lease_s))
+    engine = ToyEngine(num_blocks, groups=ProcessGroups(torch.device("cpu"), "127.0.0.1", lease_s), late=late)
     engine.runner.before = lambda _: time.sleep(step_s)
     return engine
 
