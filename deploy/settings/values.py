@@ -58,6 +58,8 @@ def _check_range(rule: str, value: float) -> None:
 
 def _convert(rule: str, value: Any) -> Any:
     kind = KNOWN[rule]
+    if type(value) is bool and "on" in CHOICES.get(rule, ()):
+        return "on" if value else "off"  # as YAML reads these words
     if kind is int and rule.endswith(("_memory", "_bytes")):
         return parse_size(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

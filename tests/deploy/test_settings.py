@@ -50,6 +50,13 @@ def test_file_and_flags_meet_and_flags_win(tmp_path: Path) -> None:
     assert (config.worker.heartbeat_s, config.gateway.drain_s) == (0.25, 0.0)
 
 
+@pytest.mark.parametrize(("written", "meant"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_on_and_off_are_words_though_yaml_takes_them_for_truths(tmp_path: Path, written: str, meant: str) -> None:
+    file = tmp_path / "baton.yaml"
+    file.write_text(f"engine: {{overlap: {written}}}\n")
+    assert resolve(from_yaml(file)).engine.overlap == meant
+
+
 def test_prefill_and_decode_engines_are_the_common_one_but_for_what_is_said_of_them(tmp_path: Path) -> None:
     file = tmp_path / "baton.yaml"
     file.write_text("decode_engine: {tp: 3, max_model_len: 0}\nengine: {block_size: 32, max_model_len: 90}\n")
@@ -85,6 +92,7 @@ def test_prefill_and_decode_engines_are_the_common_one_but_for_what_is_said_of_t
         ("model: 2024-13-45\n", ":1: model: month must be in 1..12"),
         ("model: !!python/name:os.system\n", ":1: not YAML: could not determine a constructor"),
         ("api_keys: ['']\n", ":1: api_keys: it must be a text, or a list of texts"),
+        ("engine:\n  overlap: maybe\n", ":2: engine.overlap: 'maybe' is not one of auto, on, off"),
         ("engine:\n  dummy_weights: 1\n", ":2: engine.dummy_weights: 1 is not true or false"),
     ],
 )
