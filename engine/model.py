@@ -74,8 +74,10 @@ class Model:
         kv: Sequence[torch.Tensor],
         wanted: torch.Tensor,
         on_layer: OnLayer | None = None,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [len(wanted), V] in float32 of the `wanted` rows (int64 indices) of `tokens` [T] int64.
+        """Logits [len(wanted), V] in float32 of the `wanted` rows (int64 indices) of `tokens` [T] int64, written to
+        `into` where that is given.
 
         Stores K and V of all rows into `kv`, one tensor [blocks, 2, G, block_size, D] a layer, and calls
         `on_layer(i)` as soon as layer i's are stored, so that they can leave while later layers compute.
@@ -86,7 +88,8 @@ class Model:
         for index, layer in enumerate(self._weights.layers):
             hidden, change = self._layer(hidden, change, layer, self._heads[index], rows, kv[index], index, on_layer)
         normed, _ = ops.add_norm(hidden[wanted], change[wanted], self._weights.final_gain, config.rms_eps)
-        return ops.linear(normed, self._weights.head, config.vocab_size).float()
+        logits = ops.linear(normed, self._weights.head, config.vocab_size)
+        return logits.float() if into is None else into.copy_(logits)
 
     def _layer(
         self,

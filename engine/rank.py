@@ -18,7 +18,7 @@ from ..common.kv_format import KvFormat
 from ..kernels.ops import Heads
 from ..kernels.quantised import TYPES
 from ..kernels.select import select_ops
-from .batch import Batch
+from .batch import NOT_DRAWN, Batch, Inputs
 from .group import RankGroup
 from .kv_pool import Allocator, KvPool, device_allocator, type_name
 from .model import Model
@@ -46,12 +46,23 @@ class Rank:
     operations: str
     longest: int
 
-    def forward(self, batch: Batch, on_layer: OnLayer | None = None) -> torch.Tensor:
+    def forward(
+        self, batch: Batch, drawn: torch.Tensor | None = None, on_layer: OnLayer | None = None
+    ) -> torch.Tensor:
         """Logits [wanted rows, vocabulary] float32, on rank 0; elsewhere they are of no use. All ranks must be given
-        the same batches in the same order. See `Model.forward`."""
+        the same batches in the same order. `drawn`: what the step before left there. See `Model.forward`."""
         with torch.inference_mode():
-            tokens, rows, wanted = batch.on(self.device)
-            return self.model.forward(tokens, rows, self.pool.kv, wanted, on_layer)
+            return self.compute(batch.on(self.device), drawn if batch.pending else None, on_layer)
+
+    def compute(
+        self, inputs: Inputs, drawn: torch.Tensor | None = None, on_layer: OnLayer | None = None,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """See `forward`; of inputs that are on the device. With `TritonOps` nothing in it waits for the device."""
+        tokens = inputs.tokens
+        if drawn is not None:
+            tokens = torch.where(inputs.drawn == NOT_DRAWN, tokens, drawn[inputs.drawn])
+        return self.model.forward(tokens, inputs.rows, self.pool.kv, inputs.wanted, on_layer, into)
 
 
 def load_rank(
@@ -82,11 +93,22 @@ def load_rank(
         weights = load_weights(folder, part, ops, dtype, device, progress)
     if group is not None:
         ops = ParallelOps(ops, group, part, weights)
-    num_blocks = format.blocks_in(config.kv_memory)
-    longest = min(config.max_model_len or whole.max_position_embeddings, num_blocks * config.block_size)
+    longest = config.max_model_len or whole.max_position_embeddings
+    model = Model(part.config, weights, ops, rope_table(whole.rope, whole.head_dim, longest, device))
+    few = KvPool(format, number, _FEW_BLOCKS, device_allocator(device))
+    graphed = config.graphs and group is None and isinstance(base, TritonOps)
+    rank = Rank(model, few, device, dtype, whole, ops.name, longest, graphed)
+    num_blocks = format.blocks_in(_kv_memory(config, rank, group))
     pool = KvPool(format, number, num_blocks, make_allocator(device))
-    rope = rope_table(whole.rope, whole.head_dim, longest, device)
-    return Rank(Model(part.config, weights, ops, rope), pool, device, dtype, whole, ops.name, longest)
+    return replace(rank, pool=pool, longest=min(longest, num_blocks * config.block_size))
+
+
+def _kv_memory(config: EngineConfig, rank: Rank, group: RankGroup | None) -> int:
+    """Bytes of the pool: alike on all ranks, so that they have the same blocks."""
+    if config.kv_memory or rank.device.type == "cpu":
+        return config.kv_memory or CPU_KV_MEMORY
+    found = kv_memory(demand(rank, config), config.device_memory)
+    return found if group is None else group.least(found, rank.device)
 
 
 def resolve(config: EngineConfig, rank: int = 0) -> tuple[torch.device, torch.dtype]:

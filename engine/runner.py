@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +13,15 @@ from ..common.config import EngineConfig
 from ..common.errors import EngineBroken, EngineFailure, InvalidRequest
 from ..common.fingerprint import fingerprint
 from ..common.kv_format import KvFormat
-from ..common.types import Request, SamplingParams
 from .batch import Batch
 from .follower import HERE, MEET, READY, Followers
+from .graphs import CudaCapture, Graphs, ladder
 from .group import RankGroup
 from .kv_pool import KvPool, device_allocator
 from .model_config import ModelConfig
-from .plan import Ended, Launched, OnLayer, Sampled, Slice, StepPlan
+from .plan import Ended, Launched, OnLayer, Sampled, StepPlan
 from .rank import MakeAllocator, Rank, load_rank, resolve
+from .rehearsal import rehearsals
 from .sampler import Sampler
 from .sequence import Sequence
 from .shard import shard
@@ -32,16 +32,25 @@ log = logging.getLogger(__name__)
 RUN = "run"
 """The command that carries one step's `Batch` to the other ranks."""
 
+LOADED = 0.8
+"""The share of the start that is reported done once the weights are there."""
+
 
 class TorchRunner:
     """Implements `plan.Runner` on rank 0, which plans and samples for all. Not thread-safe: it belongs to the engine
-    loop."""
+    loop. `graphs` computes what it can of the steps, with `drawn`, which is where a step leaves its tokens."""
 
-    def __init__(self, rank: Rank, followers: Followers | None = None) -> None:
+    def __init__(
+        self, rank: Rank, drawn: torch.Tensor, followers: Followers | None = None, graphs: Graphs | None = None
+    ) -> None:
         self.operations = rank.operations
         self._rank = rank
+        self._drawn = drawn
         self._followers = followers
+        self._graphs = graphs
         self._sampler = Sampler(rank.model_config.eos_ids)
+        self._rows: dict[Sequence, int] = {}  # of `drawn`: who drew there in the step before
+        self._pinned = rank.device.type == "cuda"
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
@@ -50,22 +59,37 @@ class TorchRunner:
         slices = [plan.slices[i] for i in order]
         sampling = [i for i, part in enumerate(slices) if part.samples]
         results: list[Sampled | None] = [None] * len(slices)
-        batch = Batch.of(slices, self._rank.pool.format.block_size)
+        fill = self._graphs.size_for(slices) if self._graphs else 0
+        batch = Batch.of(slices, self._rank.pool.format.block_size, self._rows, fill, self._pinned)
         if self._followers is not None:
+            if batch.pending:  # other ranks have not seen what was drawn
+                batch.complete(self._drawn.tolist())
             self._followers.send(RUN, *batch.pack())
         try:
             with torch.inference_mode():
-                logits = self._rank.forward(batch, on_layer)
+                if self._graphs and fill:
+                    logits = self._graphs.run(batch)[: len(slices)]
+                    self._all_layers(on_layer)
+                else:
+                    logits = self._rank.forward(batch, self._drawn, on_layer)
                 sampled = self._sampler.sample(logits, [slices[i].sequence for i in sampling])
+                self._drawn[: len(sampling)] = torch.tensor([each.token for each in sampled], dtype=torch.int64)
         except (RuntimeError, IndexError) as error:
             why = f"step of {plan.tokens} tokens failed: {error}"
             if self._followers is None:
                 raise EngineFailure(why) from error
             self._followers.lose(why)
             raise EngineBroken(why) from error
+        self._rows = {slices[i].sequence: row for row, i in enumerate(sampling)}
         for i, token in zip(sampling, sampled, strict=True):
             results[order[i]] = token
         return Ended(results)
+
+    def _all_layers(self, on_layer: OnLayer | None) -> None:
+        """A graph does not stop for anybody: KV of all its layers is on its way at once."""
+        if on_layer is not None:
+            for layer in range(self._rank.model_config.num_layers):
+                on_layer(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,26 +113,34 @@ def build_engine(
     allocator: MakeAllocator = device_allocator,
     followers: Followers | None = None,
 ) -> Engine:
-    """Load the model, make the pool and run one step of each kind, so that the first request finds all warm.
+    """Load the model, make the pool, record the graphs and run steps of each kind, so that the first request finds all
+    warm.
 
     With `config.tp` above 1 this is rank 0, and `followers` its line to the others, which load at the same time. Sets
-    the process's number of torch threads. Raises `InvalidRequest` where the model or the memory does not fit,
-    `EngineBroken` where another rank is lost.
+    the process's number of torch threads, and on CUDA the stream of the thread that calls, which shall launch the
+    steps. Raises `InvalidRequest` where the model or the memory does not fit, `EngineBroken` where another rank is lost.
     """
     if (followers is None) != (config.tp == 1):
         raise InvalidRequest("an engine with tensor parallelism, and none other, has followers", param="tp")
     begin = time.monotonic()
     group = None if followers is None else _join(config, followers)
-    rank = load_rank(config, progress, allocator, group)
+    rank = load_rank(config, lambda share: progress(LOADED * share), allocator, group)
     digest = "dummy" if config.dummy_weights else weights_digest(Path(config.model))
-    runner = TorchRunner(rank, followers)
     if followers is not None:
         followers.wait_for(READY)
+    drawn = torch.zeros(config.max_batch_tokens, dtype=torch.int64, device=rank.device)
+    graphs = None
+    if rank.graphed:
+        sizes = ladder(min(config.max_running, config.max_batch_tokens))
+        graphs = Graphs(rank, sizes, drawn, CudaCapture(), lambda share: progress(LOADED + (1 - LOADED) * share))
+    runner = TorchRunner(rank, drawn, followers, graphs)
     num_blocks = rank.pool.num_blocks
-    _warm_up(runner, min(rank.longest, num_blocks * config.block_size), config)
+    for plan in rehearsals(config, rank.longest, num_blocks):
+        runner.launch(plan).results()
+    progress(1.0)
     log.info(
-        "model %s: %s on %s, %d rank(s), operations %s, %d blocks of %d tokens, ready in %.1f s",
-        *(Path(config.model).name, rank.dtype, rank.device.type, config.tp, rank.operations),
+        "model %s: %s on %s, %d rank(s), operations %s, %d graphs, %d blocks of %d tokens, ready in %.1f s",
+        *(Path(config.model).name, rank.dtype, rank.device.type, config.tp, rank.operations, graphs.count if graphs else 0),
         *(num_blocks, config.block_size, time.monotonic() - begin),
     )
     return Engine(
@@ -136,13 +168,3 @@ def _join(config: EngineConfig, followers: Followers) -> RankGroup:
     except RuntimeError as error:
         raise EngineBroken(f"the {config.tp} ranks do not find each other: {error}") from error
 
-
-def _warm_up(runner: TorchRunner, room: int, config: EngineConfig) -> None:
-    """A prefill chunk and a decode of throw-away tokens in the first blocks, which belong to nobody yet."""
-    count = max(1, min(config.max_batch_tokens, room - 1))
-    blocks = array("i", range(-(-(count + 1) // config.block_size)))
-    params = SamplingParams(max_tokens=1, temperature=0.0)
-    request = Request("warm-up", (0,) * (count + 1), count + 1, params)
-    sequence = Sequence(("", 0), request, 0, 0.0, 0.0, blocks=blocks)
-    for start, end in ((0, count), (count, count + 1)):
-        runner.launch(StepPlan(count, [Slice.of(sequence, start, end - start)])).results()

@@ -1,0 +1,44 @@
+"""Steps of throw-away tokens, before anybody is served: they find out what memory a step takes, and leave everything
+warm (kernels compiled, workspaces and thread teams made, memory at its place)."""
+
+from __future__ import annotations
+
+from array import array
+
+from ..common.config import EngineConfig
+from ..common.types import Request, SamplingParams
+from .plan import Slice, StepPlan
+from .sequence import Sequence
+
+_EVERYTHING = SamplingParams(
+    max_tokens=2, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1,
+    frequency_penalty=0.1, logit_bias=((0, 1.0),), logprobs=5, min_tokens=1, seed=1,
+)  # fmt: skip
+_NOTHING = SamplingParams(max_tokens=2, temperature=0.0)
+
+
+def rehearsals(config: EngineConfig, longest: int, num_blocks: int) -> list[StepPlan]:
+    """A prefill chunk, a decode, and a step with all that a request may ask for when it samples."""
+    count = max(1, min(config.max_batch_tokens, longest - 1))
+    first = _sequence(0, count + 1, config, num_blocks, _NOTHING)
+    second = _sequence(1, 2, config, num_blocks, _EVERYTHING)
+    return [
+        StepPlan(0, [Slice(first, 0, count, False)]),
+        StepPlan(0, [Slice(first, count, 1, True)]),
+        StepPlan(0, [Slice(second, 0, 2, True)]),
+    ]
+
+
+def largest(config: EngineConfig, longest: int, num_blocks: int) -> list[Slice]:
+    """As many tokens as a step may have, of as many sequences as may run, all of which sample."""
+    sequences = min(config.max_running, config.max_batch_tokens)
+    chunk = max(1, min(config.max_batch_tokens - sequences + 1, longest))
+    owners = [_sequence(i, 1, config, num_blocks, _NOTHING) for i in range(sequences - 1)]
+    slices = [Slice(owner, 0, 1, True) for owner in owners]
+    return [*slices, Slice(_sequence(sequences, chunk, config, num_blocks, _NOTHING), 0, chunk, True)]
+
+
+def _sequence(number: int, tokens: int, config: EngineConfig, num_blocks: int, params: SamplingParams) -> Sequence:
+    """In blocks that belong to nobody yet; where there are too few, some of them hold several places."""
+    blocks = array("i", (i % num_blocks for i in range(-(-tokens // config.block_size))))
+    return Sequence(("", number), Request("rehearsal", (0,) * tokens, tokens, params), 0, 0.0, 0.0, blocks=blocks)
