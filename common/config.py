@@ -29,8 +29,12 @@ class EngineConfig:
     """auto: as `dtype`; otherwise a key of `kv_format.ITEM_BYTES`."""
     device: str = "auto"
     block_size: int = 16
-    kv_memory: int = 1 << 30
-    """Bytes of the KV pool, of each rank."""
+    kv_memory: int = 0
+    """Bytes of the KV pool, of each rank. 0: 1 GiB on a CPU; on a GPU all that is free once weights, the largest step
+    and graphs have what they need."""
+    device_memory: float = 1.0
+    """Share of a GPU's memory that this worker may use, all told. Workers that share a GPU share its memory: less than
+    0.5 each where there are two. Counts where `kv_memory` is 0."""
     tp: int = 1
     """Ranks that share the model by tensor parallelism, each a process: query heads and inner size must divide."""
     max_model_len: int = 0
@@ -42,6 +46,11 @@ class EngineConfig:
     overlap: str = "auto"
     """Whether a step is planned and launched while another computes (`engine/loop.py`): on, off, or auto, which is on
     where the device is not the processor, and a worker has one rank."""
+    graphs: bool = True
+    """On a GPU, a decode step is recorded once for each size of batch and then started as one (`engine/graphs.py`)."""
+    deterministic: bool = False
+    """A request gets the same bits alone and in any batch, however its prompt is cut and whoever continues it, at the
+    price of speed. A CPU's compiled operations are so in any case."""
     threads: int = 0
     """CPU threads of this worker, all ranks together; 0: all cores."""
     dummy_weights: bool = False

@@ -180,16 +180,15 @@ def inputs(
 
 def _tokens(slices: Listing[Slice], singles: int, drawn: Mapping[Sequence, int], to: Arrays) -> bool:
     """Write the tokens that are known, and who draws the others; whether there are others."""
-    to.drawn[:] = NOT_DRAWN
-    tokens: list[int] = []
-    for part in slices[:singles]:
-        known = part.sequence.tokens
-        tokens.append(known[part.start] if part.start < len(known) else 0)
+    known = [part.sequence.tokens for part in slices]
+    tokens = [
+        mine[part.start] if part.start < len(mine) else 0 for mine, part in zip(known, slices[:singles], strict=False)
+    ]
     for part in slices[singles:]:
-        known = part.sequence.tokens[part.start : part.end]
-        tokens += known
-        tokens += [0] * (part.count - len(known))
+        tokens += part.sequence.tokens[part.start : part.end]
+        tokens += [0] * (part.end - max(part.start, len(part.sequence.tokens)))
     to.tokens[: len(tokens)] = tokens
-    pending = [i for i, part in enumerate(slices) if part.end > len(part.sequence.tokens)]
-    to.drawn[to.starts[1:][pending] - 1] = [drawn[slices[i].sequence] for i in pending]
-    return bool(pending)
+    (pending,) = np.nonzero(to.lengths[: len(known)] > np.asarray(list(map(len, known))))
+    to.drawn[:] = NOT_DRAWN
+    to.drawn[to.starts[1:][pending] - 1] = [drawn[slices[i].sequence] for i in pending.tolist()]
+    return len(pending) > 0

@@ -82,6 +82,10 @@ class Graphs:
             self._replay[count] = capture(work)
             progress((index + 1) / len(self._sizes))
 
+    @property
+    def count(self) -> int:
+        return len(self._sizes)
+
     def size_for(self, slices: Sequence[Slice]) -> int:
         """The size of the graph that computes this step; 0: none does."""
         count = len(slices)

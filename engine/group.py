@@ -44,6 +44,12 @@ class RankGroup:
         self._group.allreduce([tensor]).wait()
         return tensor
 
+    def least(self, number: int, device: torch.device) -> int:
+        """The least of all ranks' numbers."""
+        numbers = torch.zeros(self.size, dtype=torch.int64, device=device)
+        numbers[self.rank] = number
+        return int(self.sum(numbers).min())
+
     def gather(self, part: torch.Tensor) -> list[torch.Tensor]:
         """All ranks' parts, of one shape, in rank order, on rank 0; nothing on the others."""
         options = _c10d.GatherOptions()

@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from ..kernels.select import select_ops
 from .batch import NOT_DRAWN, Batch, Inputs
 from .group import RankGroup
 from .kv_pool import Allocator, KvPool, device_allocator, type_name
+from .memory import CPU_KV_MEMORY, demand, kv_memory
 from .model import Model
 from .model_config import ModelConfig
 from .parallel import ParallelOps
@@ -31,12 +32,16 @@ from .weights import Progress, dummy_weights, load_weights
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
+_FEW_BLOCKS = 8
+"""A pool to measure steps with."""
+
 MakeAllocator = Callable[[torch.device], Allocator]
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """`operations`: name of the implementation underneath. `longest`: tokens of the longest sequence."""
+    """`operations`: name of the implementation underneath. `longest`: tokens of the longest sequence. `graphed`: decode
+    steps shall be recorded (`graphs.py`)."""
 
     model: Model
     pool: KvPool
@@ -45,10 +50,9 @@ class Rank:
     model_config: ModelConfig
     operations: str
     longest: int
+    graphed: bool
 
-    def forward(
-        self, batch: Batch, drawn: torch.Tensor | None = None, on_layer: OnLayer | None = None
-    ) -> torch.Tensor:
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None, on_layer: OnLayer | None = None) -> torch.Tensor:
         """Logits [wanted rows, vocabulary] float32, on rank 0; elsewhere they are of no use. All ranks must be given
         the same batches in the same order. `drawn`: what the step before left there. See `Model.forward`."""
         with torch.inference_mode():
@@ -73,13 +77,17 @@ def load_rank(
 ) -> Rank:
     """Load this rank's shard and make its pool. `group`: its membership where the worker has several ranks.
 
-    Sets the process's number of torch threads. Raises `InvalidRequest` where the model or the memory does not fit, or
-    does not divide.
+    Sets the process's number of torch threads, and on CUDA the stream of the thread that calls. Raises `InvalidRequest`
+    where the model or the memory does not fit, or does not divide.
     """
     number, tp = (group.rank, group.size) if group else (0, 1)
     torch.set_num_threads(split_threads(config.threads or os.cpu_count() or 1, tp)[number])
     _keep_freed_memory()
     device, dtype = resolve(config, number)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(stream)  # graphs cannot be recorded on the default one
     folder = Path(config.model)
     whole = ModelConfig.load(folder)
     heads = (whole.num_heads, whole.num_kv_heads, whole.head_dim)
@@ -96,7 +104,8 @@ def load_rank(
     longest = config.max_model_len or whole.max_position_embeddings
     model = Model(part.config, weights, ops, rope_table(whole.rope, whole.head_dim, longest, device))
     few = KvPool(format, number, _FEW_BLOCKS, device_allocator(device))
-    graphed = config.graphs and group is None and isinstance(base, TritonOps)
+    # Triton's operations read nothing back from the device, others do.
+    graphed = config.graphs and group is None and ops.name.startswith("triton")
     rank = Rank(model, few, device, dtype, whole, ops.name, longest, graphed)
     num_blocks = format.blocks_in(_kv_memory(config, rank, group))
     pool = KvPool(format, number, num_blocks, make_allocator(device))

@@ -118,7 +118,8 @@ def build_engine(
 
     With `config.tp` above 1 this is rank 0, and `followers` its line to the others, which load at the same time. Sets
     the process's number of torch threads, and on CUDA the stream of the thread that calls, which shall launch the
-    steps. Raises `InvalidRequest` where the model or the memory does not fit, `EngineBroken` where another rank is lost.
+    steps. Raises `InvalidRequest` where the model or the memory does not fit, `EngineBroken` where another rank is
+    lost.
     """
     if (followers is None) != (config.tp == 1):
         raise InvalidRequest("an engine with tensor parallelism, and none other, has followers", param="tp")
@@ -140,7 +141,14 @@ def build_engine(
     progress(1.0)
     log.info(
         "model %s: %s on %s, %d rank(s), operations %s, %d graphs, %d blocks of %d tokens, ready in %.1f s",
-        *(Path(config.model).name, rank.dtype, rank.device.type, config.tp, rank.operations, graphs.count if graphs else 0),
+        *(
+            Path(config.model).name,
+            rank.dtype,
+            rank.device.type,
+            config.tp,
+            rank.operations,
+            graphs.count if graphs else 0,
+        ),
         *(num_blocks, config.block_size, time.monotonic() - begin),
     )
     return Engine(
@@ -167,4 +175,3 @@ def _join(config: EngineConfig, followers: Followers) -> RankGroup:
         return RankGroup(followers.meeting, 0, config.tp, device, followers.timeout_s)
     except RuntimeError as error:
         raise EngineBroken(f"the {config.tp} ranks do not find each other: {error}") from error
-

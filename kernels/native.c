@@ -226,7 +226,6 @@ void rotate_and_store(float *qkv, long rows, long queries, long keys, long dim, 
     for (long row = 0; row < rows; row++) {
         float *heads = qkv + row * (queries + 2 * keys) * dim;
         const float *cosine = table + positions[row] * dim, *sine = cosine + half;
-        float *place = kv + slots[row] / block * 2 * keys * run + slots[row] % block * dim;
         for (long h = 0; h < queries + keys; h++) {
             float *low = heads + h * dim, *high = low + half;
             const float *gain = h < queries ? query_gain : key_gain;
@@ -237,6 +236,8 @@ void rotate_and_store(float *qkv, long rows, long queries, long keys, long dim, 
                 high[i] = b * cosine[i] + a * sine[i];
             }
         }
+        if (slots[row] < 0) continue; /* a row that fills the batch up */
+        float *place = kv + slots[row] / block * 2 * keys * run + slots[row] % block * dim;
         for (long g = 0; g < 2 * keys; g++)
             memcpy(place + g * run, heads + (queries + g) * dim, dim * sizeof(float));
     }

@@ -17,7 +17,8 @@ class Rows:
     """Where the rows of a flat batch belong. T rows in S sequences; rows of a sequence are adjacent and in order.
 
     positions     [T] int64: position of each row in its sequence
-    slots         [T] int64: block * block_size + offset, where the row's K and V are kept
+    slots         [T] int64: block * block_size + offset, where the row's K and V are kept; -1, which only operations
+                  that a graph is recorded of meet: nowhere
     starts        [S + 1] int32: first row of each sequence, then T
     lengths       [S] int32: tokens of the sequence whose K and V exist once this step's are stored
     tables        [N] int32: the blocks of all sequences, one sequence after the other

@@ -65,7 +65,7 @@ def runs(rank: Rank, on_layer: Callable[[int], None]) -> Callable[..., None]:
     """The handler of a step. `on_layer` is called as `plan.OnLayer` says, with this rank's pool."""
 
     def run(*batch: Any) -> None:
-        rank.forward(Batch.unpack(*batch), on_layer)
+        rank.forward(Batch.unpack(*batch), on_layer=on_layer)
 
     return run
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...engine.batch import Batch
 from ...engine.plan import OnLayer, Sampled, Slice, StepPlan
+from ...engine.sequence import Sequence as Owner
 
 BLOCK_SIZE = 16
 DRAWN = Sampled(7)
@@ -130,6 +131,7 @@ class StandinRunner:
         self._skip, self._steps, self._on_done = skip, steps, on_done
         self._seen = 0
         self._begin = _Clocks()
+        self._rows: dict[Owner, int] = {}
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StandinStep:
         """See `engine.plan.Runner.launch`."""
@@ -139,7 +141,8 @@ class StandinRunner:
             self._count()
         with self.watch.part("batch"):
             order = sorted(range(len(slices)), key=lambda i: slices[i].count != 1)
-            Batch.of([slices[i] for i in order], BLOCK_SIZE)
+            Batch.of([slices[i] for i in order], BLOCK_SIZE, self._rows)
+            self._rows = {slices[i].sequence: row for row, i in enumerate(i for i in order if slices[i].samples)}
         with self.watch.part("launch"):
             end = self._stream.launch(self._step_s if steady else PREFILL_STEP_S)
         if on_layer is not None:

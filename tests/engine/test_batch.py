@@ -16,7 +16,7 @@ BLOCK = 16
 def made() -> Batch:
     """Two decodes and a chunk that samples nothing."""
     first, second, third = sequence(range(40), 0), sequence(range(100, 117), 30), sequence(range(200, 300), 60)
-    return Batch.of([Slice(first, 39, 1), Slice(second, 16, 1), Slice(third, 20, 30)], BLOCK)
+    return Batch.of([Slice(first, 39, 1, True), Slice(second, 16, 1, True), Slice(third, 20, 30, False)], BLOCK, {})
 
 
 def test_rows_of_all_sequences_lie_one_after_the_other() -> None:
@@ -48,9 +48,10 @@ def test_another_rank_and_a_device_find_the_same() -> None:
     assert (there.layout, there.singles) == (batch.layout, batch.singles)
     for found, expected in zip(there.arrays(), batch.arrays(), strict=True):
         assert np.array_equal(found, expected)
-    tokens, rows, wanted = there.on(torch.device("cpu"))
-    assert tokens.tolist() == batch.arrays().tokens.tolist()
-    assert wanted.tolist() == [0, 1]
+    there_now = there.on(torch.device("cpu"))
+    assert there_now.tokens.tolist() == batch.arrays().tokens.tolist()
+    assert there_now.wanted.tolist() == [0, 1]
+    rows = there_now.rows
     assert (rows.row_starts, rows.row_lengths) == ((0, 1, 2, 32), (40, 17, 50))
     assert rows.tables.dtype == rows.table_starts.dtype == torch.int32
 
@@ -62,3 +63,30 @@ def test_every_array_begins_where_vectors_may() -> None:
     assert all(begin % 16 == 0 for begin in begins)
     assert begins == sorted(set(begins))
     assert layout.size == begins[-1] + 32
+
+
+def test_tokens_that_the_step_before_draws_are_named_by_its_rows() -> None:
+    known, drawing, chunk = sequence(range(40), 0), sequence(range(100, 117), 30), sequence(range(200, 230), 60)
+    slices = [Slice(known, 39, 1, True), Slice(drawing, 17, 1, True), Slice(chunk, 28, 3, True)]
+    batch = Batch.of(slices, BLOCK, {drawing: 5, chunk: 2, known: 9})
+    assert batch.pending
+    assert batch.arrays().drawn.tolist() == [-1, 5, -1, -1, 2]
+    batch.complete([10, 11, 12, 13, 14, 15])
+    assert batch.arrays().tokens.tolist() == [39, 15, 228, 229, 12]
+
+
+def test_a_batch_is_filled_up_with_rows_that_store_nothing() -> None:
+    first, second = sequence(range(40), 0), sequence(range(100, 117), 30)
+    slices = [Slice(first, 39, 1, True), Slice(second, 16, 1, True)]
+    batch, plain = Batch.of(slices, BLOCK, {}, fill=4), Batch.of(slices, BLOCK, {})
+    assert batch.layout == Layout(rows=4, sequences=4, wanted=4, blocks=40)
+    assert (batch.singles, batch.pending) == (4, False)
+    arrays, alone = batch.arrays(), plain.arrays()
+    for name in ("tokens", "drawn", "positions", "slots", "lengths", "wanted", "starts", "table_starts"):
+        of_both = getattr(alone, name).tolist()
+        assert getattr(arrays, name).tolist()[: len(of_both)] == of_both
+    assert arrays.slots[2:].tolist() == arrays.drawn[2:].tolist() == [-1, -1]
+    assert arrays.lengths[2:].tolist() == arrays.tokens[2:].tolist() == arrays.positions[2:].tolist() == [0, 0]
+    assert arrays.table_starts.tolist() == [0, 20, 40, 40, 40]
+    assert arrays.starts.tolist() == [0, 1, 2, 3, 4]
+    assert arrays.wanted.tolist() == [0, 1, 2, 3]
