@@ -25,7 +25,8 @@ from ..record import write
 from .cluster import cluster
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-GIB = 1 << 30
+SYSTEMS = {"colocated": {"colocated": 0.92}, "1P1D": {"prefill": 0.34, "decode": 0.58}}
+"""Shares of the GPU's memory. A prefill worker's KV leaves soon, so it needs little more than its weights."""
 START_TIMEOUT_S = 60.0
 DRAIN_S = 20.0
 """How long prompts that came last may take to be answered."""
@@ -74,13 +75,13 @@ class Heard:
         return (after - before for before, after in zip(self.times, self.times[1:], strict=False))
 
 
-def settings(device: str, memory: Mapping[str, int], gpus: float, common: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a cluster with one worker for each role in `memory`, which says how many bytes its KV pool has."""
+def settings(device: str, shares: Mapping[str, float], common: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a cluster with one worker for each role in `shares`, which says how much of one GPU's memory it may use."""
     found: dict[str, Any] = {"engine.device": device, "engine.dummy_weights": True, **common}
-    for role, size in memory.items():
-        found |= {f"pools.{role}.role": role, f"pools.{role}.count": 1, f"pools.{role}.engine.kv_memory": size}
-        if gpus:
-            found[f"pools.{role}.resources.gpus"] = gpus / len(memory)
+    for role, share in shares.items():
+        found |= {f"pools.{role}.role": role, f"pools.{role}.count": 1, f"pools.{role}.engine.device_memory": share}
+        if device != "cpu":
+            found[f"pools.{role}.resources.gpus"] = 1.0 / len(shares)
     return found
 
 
@@ -154,23 +155,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="baton bench pair", description="1P1D against colocated, on one GPU.")
     parser.add_argument("--model", type=Path, default=CONFIGS / "llama-3.1-8b", help="folder with a config.json")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument(
-        "--gpus", type=float, default=1.0, help="GPUs for all workers of a system together; 0: no limit"
-    )
-    parser.add_argument("--kv-gib", type=float, default=32.0, help="KV pools of a system's workers together")
     parser.add_argument("--rates", default="4,8", help="long prompts a second")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each rate")
     parser.add_argument("--out", type=Path, default=None, help="folder of the result file; default: bench/results")
     options = parser.parse_args(arguments)
-    whole = int(options.kv_gib * GIB)
-    systems = {"colocated": {"colocated": whole}, "1P1D": {"prefill": whole // 5, "decode": whole - whole // 5}}
     scenarios = [Scenario(rate=float(rate), seconds=options.seconds) for rate in options.rates.split(",")]
     common = {"engine.max_batch_tokens": 2048, "engine.max_model_len": 8192}
     found: list[Latencies] = []
     failed = False
-    for system, memory in systems.items():
+    for system, shares in SYSTEMS.items():
         try:
-            given = settings(options.device, memory, options.gpus, common)
+            given = settings(options.device, shares, common)
             found += asyncio.run(measure(system, options.model, given, scenarios))
         except* BatonError as errors:
             failed = True
@@ -179,7 +174,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(row, flush=True)
         parameters = {
             "scenarios": [asdict(s) for s in scenarios],
-            "kv_gib": options.kv_gib,
             "model": options.model.name,
         }
         write("engine_pair", "engine_pair", [asdict(row) for row in found], parameters, options.out)

@@ -171,9 +171,10 @@ def test_a_closed_loop_keeps_so_many_requests_and_leaves_nothing(tmp_path: Path)
 def test_the_whole_bench_runs_on_a_cpu(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tiny", max_position_embeddings=4096)
     options = ["--device", "cpu", "--tiny", "--max-running", "8", "--max-batch-tokens", "64", "--model", str(folder)]
-    assert main([*options, "--out", str(tmp_path), "--parts", "steps,throughput,idle"]) == 0
+    assert main([*options, "--out", str(tmp_path), "--parts", "steps,throughput,idle,deterministic"]) == 0
     found = json.loads((tmp_path / "engine.json").read_text())["results"]
     assert [step["kind"] for step in found["steps"]] == ["decode", "decode", "prefill"]
+    assert len(found["deterministic"]) == 3
     assert [(row["overlap"], row["served"]) for row in found["idle"]] == [(True, False), (False, False), (True, True)]
     assert found["idle"][2]["router"]["tokens"] > 0
     assert found["throughput"][0]["tokens_per_s"] > 0 and found["throughput"][0]["limit_batch"] > 1000

@@ -25,11 +25,6 @@ SHORT_8B = {
 """Its sizes, with two layers and a small vocabulary."""
 
 
-@pytest.fixture(autouse=True)
-def exact_matrix_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 def engine(path: Path, **settings: object) -> Engine:
     given = {"device": "cuda", "kv_memory": 64 << 20, "max_batch_tokens": 64, "max_running": 32} | settings
     return build_engine(EngineConfig(model=str(path), **given), lambda share: None)

@@ -29,11 +29,6 @@ DEVICE = "cuda:0"
 BLOCKS = 10
 
 
-@pytest.fixture(autouse=True)
-def exact_matrix_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 # --- kernels ---
 
 
