@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 
 WORKERS = {
     "laptop.yaml": ["prefill-0 prefill tp 1 gpus 0", "decode-0 decode tp 1 gpus 0"],
+    "one-h100.yaml": ["prefill-0 prefill tp 1 gpus 0.5", "decode-0 decode tp 1 gpus 0.5"],
     "one-node-8xH100.yaml": ["prefill-0 prefill tp 4 gpus 4", "decode-0 decode tp 4 gpus 4"],
     "ray-2-nodes.yaml": [
         "prefill-0 prefill tp 1 gpus 0",
