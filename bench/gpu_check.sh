@@ -8,7 +8,7 @@
 # PYTHONPATH=DIR there. It ends at once, with code 2, and names what is missing.
 #
 # Each part has a hard limit and writes what it has found as it goes, so that a part which is cut leaves results. They
-# go to $OUT, or to bench/results/: *.json and a log of each part. The exit code is 0 only if everything ran and was
+# go to $OUT, or to bench/results/: *.json and gpu_check.log. The exit code is 0 only if everything ran and was
 # right; otherwise the last lines say which parts did not.
 #
 #   bench/gpu_check.sh                          # all of it
@@ -25,6 +25,8 @@ failed=()
 
 "$python" -m baton.bench.gpu_needs || exit 2
 mkdir -p "$out"
+log=$out/gpu_check.log
+: >"$log"
 
 # run PART SECONDS ARGUMENTS...: python with these, for so long at most.
 run() {
@@ -32,7 +34,7 @@ run() {
     shift 2
     [[ " $parts " == *" $part "* ]] || return 0
     echo "=== $part (at most $limit s)"
-    timeout --kill-after=3 "$limit" "$python" "$@" 2>&1 | tee "$out/$part.log"
+    timeout --kill-after=3 "$limit" "$python" "$@" 2>&1 | tee -a "$log"
     local code=${PIPESTATUS[0]}
     [[ $code -eq 0 ]] || failed+=("$part: code $code")
     echo "=== $part: code $code after $((SECONDS - begin)) s"
@@ -42,13 +44,13 @@ test=(-m pytest -p no:cacheprovider -o "addopts=--import-mode=importlib -q" --du
 together=(tests/gpu --ignore=tests/gpu/test_memory.py)
 "$python" -c 'import xdist' 2>/dev/null && together+=(-n 6) # most of their time goes into compiling
 
-# 523 s in all, with the seconds that killing takes.
+# 528 s in all, with the seconds that killing takes.
 run tests 90 "${test[@]}" "${together[@]}"
 run memory 50 "${test[@]}" tests/gpu/test_memory.py
-run engine 170 -m baton.bench.engine --out "$out"
-run pair 85 -m baton.bench.engine.pair --out "$out"
-run kernels 75 -m baton.bench.kernels --sweep --out "$out"
-run kvtransfer 35 -m baton.bench.gpu_kvtransfer --out "$out"
+run engine 165 -m baton.bench.engine --out "$out"
+run pair 105 -m baton.bench.engine.pair --out "$out"
+run kernels 70 -m baton.bench.kernels --sweep --out "$out"
+run kvtransfer 30 -m baton.bench.gpu_kvtransfer --out "$out"
 
 for part in "${failed[@]}"; do echo "not all right: $part" >&2; done
 [[ ${#failed[@]} -eq 0 ]]

@@ -41,8 +41,8 @@ class Scenario:
     context: int = 512
     prompt: int = 2048
     answer: int = 32
-    rate: float = 4.0
-    seconds: float = 12.0
+    rate: float = 6.0
+    seconds: float = 14.0
     longest: int = 4096
 
 
@@ -155,8 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="baton bench pair", description="1P1D against colocated, on one GPU.")
     parser.add_argument("--model", type=Path, default=CONFIGS / "llama-3.1-8b", help="folder with a config.json")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rates", default="4,8", help="long prompts a second")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each rate")
+    parser.add_argument("--rates", default="6", help="long prompts a second: 4,8")
+    parser.add_argument("--seconds", type=float, default=14.0, help="of each rate")
     parser.add_argument("--out", type=Path, default=None, help="folder of the result file; default: bench/results")
     options = parser.parse_args(arguments)
     scenarios = [Scenario(rate=float(rate), seconds=options.seconds) for rate in options.rates.split(",")]
