@@ -68,15 +68,13 @@ class ServedLoop:
         self._served = self._do(self._stack.enter_async_context(asked))
         self._until(lambda load: load.running == streams.count and not load.waiting)
 
-    def step(self, count: int) -> float:
-        """Go round until so many steps were computed; how many seconds that took."""
-        begin = time.perf_counter()
+    def step(self, count: int) -> None:
+        """Go round until so many steps were computed."""
         while count:
             if self.worker.loop.step():
                 count -= 1
             else:
                 self.worker.inbox.wait(WAIT_S)
-        return time.perf_counter() - begin
 
     def said(self) -> Any:
         """What the router saw, and the end of its streams."""
