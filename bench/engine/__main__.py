@@ -175,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         model=str(options.model), device=options.device, kv_dtype=options.kv_dtype, dummy_weights=True,
         kv_memory=(64 << 20) if options.tiny else 0, max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens, max_model_len=0 if options.tiny else 32768,
+        threads=1 if options.tiny else 0,
     )  # fmt: skip
     found: dict[str, list[Any]] = {}
     parameters = {"torch": torch.__version__, "engine": asdict(replace(config, model=options.model.name))}
