@@ -93,7 +93,10 @@ def load_rank(
     heads = (whole.num_heads, whole.num_kv_heads, whole.head_dim)
     kv_dtype = type_name(dtype) if config.kv_dtype == "auto" else config.kv_dtype
     format = KvFormat(whole.num_layers, *heads[1:], config.block_size, kv_dtype, tp)
-    ops = select_ops(device, dtype, TYPES[kv_dtype], Heads(*heads), config.block_size)
+    try:
+        ops = select_ops(device, dtype, TYPES[kv_dtype], Heads(*heads), config.block_size, config.deterministic)
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="deterministic") from error
     part = shard(whole, tp, number)
     if config.dummy_weights:
         weights = dummy_weights(part, ops, dtype, device, progress)

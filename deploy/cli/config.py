@@ -49,7 +49,8 @@ def _pools(pools: tuple[PoolConfig, ...]) -> Table:
         engine = pool.engine
         names = ", ".join(f"{pool.name}-{index}" for index in range(pool.count))
         dtype = engine.dtype if engine.kv_dtype == "auto" else f"{engine.dtype}, KV {engine.kv_dtype}"
-        facts = (names, f"{pool.min}–{pool.max}", str(engine.tp), tables.size(engine.kv_memory), dtype)
+        memory = tables.size(engine.kv_memory) if engine.kv_memory else "auto"
+        facts = (names, f"{pool.min}–{pool.max}", str(engine.tp), memory, dtype)
         table.add_row(pool.name, pool.role, *map(escape, facts), escape(needs(pool)), pool.resources.placement)
     return table
 

@@ -27,7 +27,16 @@ def serve(
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients use.", show_default="from MODEL")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together at most.")] = None,
-    kv_memory: Annotated[str | None, typer.Option(help="KV pool of each worker (of each rank): 512MiB, 2GiB.")] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="KV pool of each worker (of each rank): 512MiB, 2GiB.", show_default="1 GiB, on a GPU what is free"
+        ),
+    ] = None,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(help="Share of its GPU's memory that a worker may use: 0.48 for two on one.", show_default="1.0"),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default="auto")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.", show_default="auto")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of all workers.", show_default="all cores")] = None,
@@ -35,6 +44,9 @@ def serve(
     max_running: Annotated[int | None, typer.Option(help="Sequences that decode together at most.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens of one KV block.", show_default="16")] = None,
     tp: Annotated[int | None, typer.Option(help="Ranks that share each worker's model.", show_default="1")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="The same bits in any batch and on any worker, but slower.")
+    ] = None,
     dummy_weights: Annotated[bool | None, typer.Option("--dummy-weights", help="Random weights, for timing.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder for one log file a process.")] = None,
     launcher: Annotated[
@@ -63,6 +75,7 @@ def serve(
         "model_name": model_name,
         "engine.max_model_len": max_model_len,
         "engine.kv_memory": kv_memory,
+        "engine.device_memory": device_memory,
         "engine.dtype": dtype,
         "engine.device": device,
         "threads": threads,
@@ -70,6 +83,7 @@ def serve(
         "engine.max_running": max_running,
         "engine.block_size": block_size,
         "engine.tp": tp,
+        "engine.deterministic": deterministic,
         "engine.dummy_weights": dummy_weights,
         "log_dir": str(log_dir) if log_dir else None,
         "launcher": launcher,

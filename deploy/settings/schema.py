@@ -148,12 +148,12 @@ KNOWN = _known()
 
 ZERO_ALLOWED = {
     *("prefill", "decode", "colocated", "port", "admin_port", "threads"),
-    *("engine.max_model_len", "handover.headroom_tokens", "gateway.drain_s", "worker.drain_s"),
+    *("engine.max_model_len", "engine.kv_memory", "handover.headroom_tokens", "gateway.drain_s", "worker.drain_s"),
     *("pool.count", "pool.min", "resources.cpus", "resources.gpus"),
     *("autoscale.hold_down_s", "autoscale.gain", "autoscale.min_workers", "autoscale.max_workers"),
     *("autoscale.min_prefill", "autoscale.max_prefill", "autoscale.min_decode", "autoscale.max_decode"),
 }
-SHARES = {"autoscale.attainment", "autoscale.shrink_below", "autoscale.gain"}
+SHARES = {"engine.device_memory", "autoscale.attainment", "autoscale.shrink_below", "autoscale.gain"}
 """Parts of a whole: at most 1."""
 CHOICES = {
     "launcher": ("local", "ray"),
