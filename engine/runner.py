@@ -47,10 +47,7 @@ class TorchRunner:
         self._rank = rank
         self._drawn = drawn
         self._followers = followers
-        self._graphs = graphs
-        self._sampler = Sampler(rank.model_config.eos_ids)
-        self._rows: dict[Sequence, int] = {}  # of `drawn`: who drew there in the step before
-        self._pinned = rank.device.type == "cuda"
+        self._sampler = Sampler(rank.model_config.eos_ids, rank.model_config.vocab_size, rank.device)
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
@@ -67,13 +64,8 @@ class TorchRunner:
             self._followers.send(RUN, *batch.pack())
         try:
             with torch.inference_mode():
-                if self._graphs and fill:
-                    logits = self._graphs.run(batch)[: len(slices)]
-                    self._all_layers(on_layer)
-                else:
-                    logits = self._rank.forward(batch, self._drawn, on_layer)
-                sampled = self._sampler.sample(logits, [slices[i].sequence for i in sampling])
-                self._drawn[: len(sampling)] = torch.tensor([each.token for each in sampled], dtype=torch.int64)
+                logits = self._rank.forward(batch, on_layer)
+                sampled = self._sampler.sample(logits, [slices[i] for i in sampling]).results()
         except (RuntimeError, IndexError) as error:
             why = f"step of {plan.tokens} tokens failed: {error}"
             if self._followers is None:

@@ -1,142 +1,192 @@
-"""From logits to the next token.
+"""From sequences to what the sampling kernels read, and from what they draw to `Sampled`.
 
-Order, row by row: repetition, presence and frequency penalty; logit_bias; end tokens masked below min_tokens; then
-greedy, or temperature, top_k, top_p, min_p and one draw. The draw inverts the cumulative distribution at a uniform
-number that is a pure function of (seed, position), so it does not depend on the device, on the batch, or on which
-worker makes it. Reported log-probabilities are of the model's own distribution: log_softmax of the untouched logits.
+What is computed, and in which order, stands in `kernels/sampling.py`. Reported log-probabilities are of the model's own
+distribution: log_softmax of the untouched logits.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Rowwise
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from ..common.errors import EngineFailure
 from ..common.types import TokenLogprob
-from .plan import Sampled
+from ..kernels import sampling
+from ..kernels.sampling import ADDED, IN_PROMPT, MOST, RECORD
+from .knobs import Knobs
+from .plan import Sampled, Slice
 from .sequence import Sequence
+from .slots import Slots
 
-_MASK = (1 << 64) - 1
-_COLDEST = 1e-5
-"""Lower temperatures count as this one, which is greedy in all but name: float32 overflows before they are used up."""
-_HOTTEST = 1e30
-"""Bound of a logit that a repetition penalty near 0 has raised, so that it stays finite at any temperature."""
-_NUCLEUS = 256
-"""Most probable tokens that are looked at before a whole row is sorted for top_p."""
+WAIT_S = 60.0
+"""A step that is not through by then will never be."""
+_POLL_S = 20e-6
 
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 52 random bits: SplitMix64's output function over (seed, position), twice."""
-    return (_mix(_mix(seed) + position * 0x9E3779B97F4A7C15) >> 12) * 2.0**-52
-
-
-def _mix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+Words = npt.NDArray[np.int64]
 
 
 class Sampler:
-    """`eos_ids` are what min_tokens holds back, beside a request's own stop token ids."""
+    """`eos_ids` are what min_tokens holds back, beside a request's own stop token ids. `rows`: sequences that draw in
+    one step, for which memory is taken at once; for more of them it is taken when they come.
 
-    def __init__(self, eos_ids: frozenset[int]) -> None:
+    One thread, and on CUDA one stream: that on which the logits are computed.
+    """
+
+    def __init__(
+        self, eos_ids: frozenset[int], vocab_size: int, device: torch.device | None = None, rows: int = 0
+    ) -> None:
         self._eos = tuple(sorted(eos_ids))
+        self._device = device or torch.device("cpu")
+        self._slots = Slots()
+        self._counts = torch.zeros(0, vocab_size, dtype=torch.int16, device=self._device)
+        self._spare = torch.empty(0, vocab_size, dtype=torch.int32, device=self._device)
+        self._make_room(rows, rows)
 
-    def sample(self, logits: torch.Tensor, sequences: Rowwise[Sequence]) -> list[Sampled]:
-        """One token for each row of logits [R, V] float32, which are overwritten; `sequences[r]` owns row r."""
-        wants = [s.params.logprobs is not None for s in sequences]
-        raw = logits.clone() if any(wants) else logits
-        for row, sequence in enumerate(sequences):
-            if _edits(sequence):
-                self._edit(logits[row], sequence)
-        tokens = logits.argmax(dim=-1).tolist()
-        drawn = [row for row, s in enumerate(sequences) if not s.params.greedy]
-        if drawn:
-            for row, token in zip(drawn, _draw(logits[drawn], [sequences[row] for row in drawn]), strict=True):
-                tokens[row] = token
-        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
-        for row in (row for row, want in enumerate(wants) if want):
-            logprobs[row] = _logprob(raw[row], tokens[row], sequences[row].params.logprobs or 0)
-        return [Sampled(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+    def sample(self, logits: torch.Tensor, slices: Rowwise[Slice], best: torch.Tensor | None = None) -> Drawn:
+        """One token for each row of logits [R, V] float32, which are overwritten; `slices[r]` owns row r, and its token
+        gets the position `slices[r].end`. `best` is what `sampling.greedy` found in these logits, if a graph has asked
+        it already. Nothing here waits for a device. Raises `EngineFailure` where the tokens of a sequence with
+        penalties are not known: one that draws must have drawn in the step before, or have no pending token."""
+        knobs = [self._knobs(part.sequence) for part in slices]
+        asked = [row for row, part in enumerate(slices) if part.sequence.params.logprobs is not None]
+        if asked:
+            (rows,) = self._send(np.array(asked))
+            untouched = logits[rows]  # a copy
+        if not all(k.greedy for k in knobs):
+            tokens = self._draw(logits, slices, knobs)
+        else:
+            tokens = sampling.greedy(logits) if best is None else best
+        if not asked:
+            return Drawn.of(tokens)
+        counts = [slices[row].sequence.params.logprobs or 0 for row in asked]
+        return Drawn.of(tokens, _Logprobs.of(untouched, tokens[rows], asked, counts))
 
-    def _edit(self, row: torch.Tensor, sequence: Sequence) -> None:
-        params = sequence.params
-        if params.penalised:
-            _penalise(row, sequence)
-        if params.logit_bias:
-            tokens, biases = zip(*params.logit_bias, strict=True)
-            row.index_add_(0, _index(tokens, row), torch.tensor(biases, dtype=row.dtype, device=row.device))
-        if sequence.output_len < params.min_tokens:
-            held = self._eos + params.stop_token_ids
-            row.index_fill_(0, _index(held, row), float("-inf"))
+    def _knobs(self, sequence: Sequence) -> Knobs:
+        if sequence.knobs is None:
+            sequence.knobs = Knobs.of(sequence, self._eos)
+        return sequence.knobs
 
+    def _draw(self, logits: torch.Tensor, slices: Rowwise[Slice], knobs: list[Knobs]) -> torch.Tensor:
+        """All that the kernels read goes to the device in one copy."""
+        records = np.frombuffer(bytearray().join([k.record for k in knobs]), RECORD)
+        records["position"] = [part.end for part in slices]
+        self._make_room(len(slices), sum(k.penalised for k in knobs))
+        pairs, fills, count = [np.empty(0, ADDED)], [], 0
+        for row, (part, k) in enumerate(zip(slices, knobs, strict=True)):
+            if not k.edits:
+                continue
+            if k.penalised:
+                slot, right = self._slots.take(part.sequence.key, part.end)
+                records[row]["slot"] = slot
+                if not right:
+                    fills.append((slot, *_said(part)))
+            pairs.append(k.added(part.end))
+            records[row]["added_from"], count = count, count + len(pairs[-1])
+            records[row]["added_to"] = count
+        added = np.concatenate(pairs).view(np.int64)
+        words, added_words, *fill = self._send(records.view(np.int64), added, *self._fills(fills))
+        if fill:
+            sampling.fill(self._counts, *fill)
+        return sampling.draw(logits, words.view(len(slices), -1), added_words, self._counts, self._spare)
 
-def _edits(sequence: Sequence) -> bool:
-    params = sequence.params
-    return params.penalised or bool(params.logit_bias) or sequence.output_len < params.min_tokens
+    def _fills(self, fills: list[tuple[int, Words, Words]]) -> tuple[Words, ...]:
+        """Slots, places in the flat table, and entries, for `sampling.fill`."""
+        if not fills:
+            return ()
+        slots, tokens, entries = zip(*fills, strict=True)
+        size = self._counts.shape[1]
+        places = [slot * size + mine for slot, mine in zip(slots, tokens, strict=True)]
+        return np.array(slots), np.concatenate(places), np.concatenate(entries)
 
+    def _make_room(self, rows: int, penalised: int) -> None:
+        if self._device.type == "cuda" and rows > len(self._spare):
+            self._spare = self._spare.new_empty(rows, self._spare.shape[1])
+        missing = 2 * penalised - self._slots.count
+        if missing > 0:
+            self._slots.make_room(2 * penalised)
+            self._counts = torch.cat((self._counts, self._counts.new_zeros(missing, self._counts.shape[1])))
 
-def _index(tokens: Rowwise[int], row: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(tokens, dtype=torch.int64, device=row.device)
-
-
-def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
-    """Repetition looks at prompt and output (CTRL, arXiv 1909.05858, as transformers does it); presence and
-    frequency at the output alone (OpenAI)."""
-    params = sequence.params
-    if params.repetition_penalty != 1.0:
-        seen = _index(sorted(set(sequence.tokens)), row)
-        values = row[seen]
-        scaled = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        row[seen] = scaled.clamp(max=_HOTTEST)
-    output = sequence.tokens[sequence.prompt_len :]
-    if output and (params.presence_penalty or params.frequency_penalty):
-        distinct, counts = np.unique(np.asarray(output, dtype=np.int64), return_counts=True)
-        penalty = params.presence_penalty + params.frequency_penalty * counts
-        where = torch.from_numpy(distinct).to(row.device)
-        row[where] -= torch.from_numpy(penalty).to(row)
-
-
-def _draw(logits: torch.Tensor, sequences: Rowwise[Sequence]) -> list[int]:
-    """One token for each row of logits [R, V], all of which sample."""
-    params = [s.params for s in sequences]
-    device = logits.device
-    temperatures = torch.tensor([max(p.temperature, _COLDEST) for p in params], dtype=logits.dtype, device=device)
-    logits = logits / temperatures[:, None]
-    for row, p in enumerate(params):
-        if p.top_k and p.top_k < logits.shape[1]:
-            least = logits[row].topk(p.top_k).values[-1]
-            logits[row].masked_fill_(logits[row] < least, float("-inf"))
-    probs = torch.softmax(logits, dim=-1, dtype=torch.float64)
-    for row, p in enumerate(params):
-        if p.top_p < 1.0:
-            probs[row].masked_fill_(probs[row] < _nucleus_floor(probs[row], p.top_p), 0.0)
-        if p.min_p > 0.0:
-            probs[row].masked_fill_(probs[row] < p.min_p * probs[row].max(), 0.0)
-    # The first token whose cumulative probability exceeds u; u below the total by construction, also after rounding.
-    cumulative = probs.cumsum(dim=-1)
-    points = torch.tensor(
-        [uniform(s.params.seed, len(s.tokens)) for s in sequences], dtype=torch.float64, device=device
-    )
-    targets = points * cumulative[:, -1]
-    chosen: list[int] = torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0].tolist()
-    return chosen
+    def _send(self, *parts: Words) -> list[torch.Tensor]:
+        """To the device, in one copy that nobody waits for."""
+        words = torch.from_numpy(np.concatenate(parts))
+        if self._device.type == "cuda":
+            words = words.pin_memory().to(self._device, non_blocking=True)
+        return list(torch.split(words, [len(part) for part in parts]))
 
 
-def _nucleus_floor(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Probability of the last token of the nucleus: the smallest set of most probable tokens that reaches top_p
-    (Holtzman et al., arXiv 1904.09751). probs [V] → scalar. Tokens as probable as the last one belong to it."""
-    best = probs.topk(min(_NUCLEUS, len(probs))).values
-    if best.sum() < top_p:
-        best = probs.sort(descending=True).values
-    before = best.cumsum(dim=0) - best
-    return best[before < top_p].min()
+def _said(part: Slice) -> tuple[Words, Words]:
+    """The distinct tokens of a sequence, and their entries in a table of counts."""
+    sequence = part.sequence
+    if part.end != len(sequence.tokens):
+        raise EngineFailure(f"{sequence.key} has a pending token, and draws as if it had drawn none before")
+    tokens = np.array(sequence.tokens, np.int64)
+    distinct, where = np.unique(tokens, return_inverse=True)
+    entries = np.minimum(np.bincount(where[sequence.prompt_len :], minlength=len(distinct)), MOST)
+    entries[where[: sequence.prompt_len]] |= IN_PROMPT
+    return distinct, entries
 
 
-def _logprob(row: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
-    logprobs = torch.log_softmax(row, dim=-1)
-    best = logprobs.topk(alternatives)
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprob(float(logprobs[token]), top)
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """`tokens` [R] int64 lie on the device, where the next step reads them; `results` waits until they are here."""
+
+    tokens: torch.Tensor
+    _here: torch.Tensor
+    _logprobs: _Logprobs | None
+    _ended: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, logprobs: _Logprobs | None = None) -> Drawn:
+        here = tokens.to("cpu", non_blocking=True)  # pinned
+        ended = None
+        if tokens.is_cuda:
+            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ended.record()
+        return cls(tokens, here, logprobs, ended)
+
+    def results(self, wait_s: float = WAIT_S) -> list[Sampled]:
+        """One entry for each row. Raises `EngineFailure` where they do not come in time, or the device has failed."""
+        deadline = time.monotonic() + wait_s
+        try:
+            while self._ended is not None and not self._ended.query():  # type: ignore[no-untyped-call]
+                if time.monotonic() > deadline:
+                    raise EngineFailure(f"a step is not through after {wait_s:g} s")
+                time.sleep(_POLL_S)
+        except RuntimeError as error:  # of the device, and of some kernel before
+            raise EngineFailure(f"a step failed on the device: {error}") from error
+        tokens: list[int] = self._here.tolist()
+        sampled = [Sampled(token) for token in tokens]
+        for row, logprob in self._logprobs.results() if self._logprobs else ():
+            sampled[row] = Sampled(tokens[row], logprob)
+        return sampled
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Log-probabilities on their way here: of the chosen token [W] of each of `rows`, and of the best [W, n]."""
+
+    rows: list[int]
+    counts: list[int]
+    chosen: torch.Tensor
+    values: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], counts: list[int]) -> _Logprobs:
+        """Of untouched logits [W, V] and the tokens [W] drawn from them; `counts`: alternatives that each row wants."""
+        logprobs = torch.log_softmax(logits, dim=-1)
+        best = logprobs.topk(max(counts))
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+        here = (part.to("cpu", non_blocking=True) for part in (chosen, best.values, best.indices))
+        return cls(rows, counts, *here)
+
+    def results(self) -> list[tuple[int, TokenLogprob]]:
+        """With the row that each belongs to. Only once they are here."""
+        lists = zip(self.chosen.tolist(), self.tokens.tolist(), self.values.tolist(), self.counts, strict=True)
+        made = [TokenLogprob(chosen, tuple(zip(ids[:n], best[:n], strict=True))) for chosen, ids, best, n in lists]
+        return list(zip(self.rows, made, strict=True))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..common.hashing import BlockHash
 from ..common.types import Request, SamplingParams
+
+if TYPE_CHECKING:  # planners and the simulator load no torch
+    from .knobs import Knobs
 
 SequenceKey = tuple[str, int]
 """(router, ticket): one attempt of one request, unique on a worker."""
@@ -26,6 +29,7 @@ class Sequence:
     pending       tokens that launched steps draw and nobody knows yet; none or one when a step is planned
     limit         length at which the request ends, whatever is drawn: by max_tokens, or by `max_model_len`
     deadline      on the worker's own clock, seconds
+    knobs         what the sampler made of `params`
     """
 
     key: SequenceKey
@@ -41,8 +45,7 @@ class Sequence:
     pending: int = 0
     cached: int = 0
     preemptions: int = 0
-    limit: int = 0
-    max_model_len: InitVar[int] = sys.maxsize
+    knobs: Knobs | None = None
 
     def __post_init__(self, max_model_len: int) -> None:
         self.tokens = list(self.request.tokens)

@@ -11,25 +11,32 @@ import pytest
 import torch
 
 from baton.common.types import Request, SamplingParams, TokenLogprob
-from baton.engine.plan import Sampled
-from baton.engine.sampler import Sampler, uniform
+from baton.engine.plan import Sampled, Slice
+from baton.engine.sampler import Sampler
 from baton.engine.sequence import Sequence
+from baton.kernels.sampling import uniform
 
 EOS = 2
 VOCABULARY = 50
+tickets = itertools.count()
 
 
 def sequence(prompt: tuple[int, ...] = (5, 6), output: tuple[int, ...] = (), **params: Any) -> Sequence:
     settings = SamplingParams(**({"max_tokens": 100} | params))
-    return Sequence(("", 0), Request("", (*prompt, *output), len(prompt), settings), 0, 0.0, 0.0)
+    return Sequence(("", next(tickets)), Request("", (*prompt, *output), len(prompt), settings), 0, 0.0, 0.0)
 
 
 def logits(seed: int = 0, size: int = VOCABULARY) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 2
 
 
+def slices(*sequences: Sequence) -> list[Slice]:
+    return [Slice(s, len(s.tokens) - 1, 1) for s in sequences]
+
+
 def sample(row: torch.Tensor, *sequences: Sequence) -> list[Sampled]:
-    return Sampler(frozenset({EOS})).sample(row.expand(len(sequences), -1).clone(), sequences)
+    sampler = Sampler(frozenset({EOS}), len(row))
+    return sampler.sample(row.expand(len(sequences), -1).clone(), slices(*sequences)).results()
 
 
 def support(row: torch.Tensor, draws: int = 400, **params: Any) -> Counter[int]:
