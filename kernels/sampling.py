@@ -99,8 +99,8 @@ def draw(
     the result's and a few kilobytes is taken: it may be captured in a graph, over whose life `records`, `added` (as
     long as its records never name more pairs than it has), `counts` and `spare` stay where they are.
     Each row is read once if it is greedy, twice if it samples, three times if it is filtered (and then its nearest
-    tokens a few times more: a cost only where probability is spread over most of the vocabulary); penalties read and
-    write it once before.
+    tokens a few times more: a cost only where probability is spread over most of the vocabulary); penalties read
+    their counts once, half as many bytes, and the logits of tokens that have been said.
     """
     if _compiled(logits.device.type):
         from .sampling_kernels import launch
