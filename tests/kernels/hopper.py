@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import re
@@ -16,26 +18,27 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Of the tensors that a kernel is tested with. On a CPU Triton interprets it (`tests/conftest.py`)."""
 
-_COMPILE = """
+_COMPILER = """
 import importlib, json, subprocess, sys, tempfile
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, compile
 
-module, kernel, signature, constants, aligned, options = json.loads(sys.argv[1])
-kernel = getattr(importlib.import_module(f"baton.kernels.{module}"), kernel)
-names = kernel.arg_names
-source = ASTSource(
-    kernel, {name: "constexpr" if name in constants else signature[name] for name in names}, constants,
-    {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-)
-built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-with tempfile.NamedTemporaryFile() as file:
-    file.write(built.asm["cubin"])
-    file.flush()
-    tool = f"{nvidia.__file__.rpartition('/')[0]}/bin/cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-print(json.dumps([built.asm["ptx"], usage, built.metadata.shared]))
+for request in sys.stdin:
+    module, kernel, signature, constants, aligned, options = json.loads(request)
+    kernel = getattr(importlib.import_module(f"baton.kernels.{module}"), kernel)
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel, {name: "constexpr" if name in constants else signature[name] for name in names}, constants,
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = f"{nvidia.__file__.rpartition('/')[0]}/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    print(json.dumps([built.asm["ptx"], usage, built.metadata.shared]), flush=True)
 """
 
 
@@ -63,7 +66,7 @@ def compile_for_hopper(
     module: str, kernel: str, signature: Mapping[str, str], constants: Mapping[str, Any],
     aligned: Collection[str] = (), **options: int,
 ) -> Compiled:  # fmt: skip
-    """Compile `kernel` of `baton.kernels.<module>` in a process that does not interpret.
+    """Compile `kernel` of `baton.kernels.<module>` in another process.
 
     `signature` are the types of its parameters ("*bf16", "i32"), `constants` the values of those that are
     `tl.constexpr`, `aligned` the parameters whose values are multiples of 16, as all pointers are; `options` are
@@ -71,11 +74,25 @@ def compile_for_hopper(
     """
     aligned = {*aligned, *(name for name, kind in signature.items() if kind.startswith("*"))}
     request = json.dumps([module, kernel, dict(signature), dict(constants), sorted(aligned), options])
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", _COMPILE, request], env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    ptx, usage, shared = json.loads(done.stdout)
+    process = _compiler()
+    assert process.stdin and process.stdout
+    process.stdin.write(request + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()  # pytest's timeout bounds it
+    if not answer:
+        _compiler.cache_clear()
+        raise AssertionError(f"{module}.{kernel} cannot be compiled: standard error says why")
+    ptx, usage, shared = json.loads(answer)
     numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}
     return Compiled(ptx, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared)
+
+
+@functools.cache
+def _compiler() -> subprocess.Popen[str]:
+    """One process for all kernels, which does not interpret. It ends when this one does, with its standard input."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _COMPILER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(process.communicate)  # closes its standard input and waits
+    return process
