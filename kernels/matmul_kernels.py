@@ -21,7 +21,6 @@ WARPS, STAGES = 4, 4
 of weights: 43 operations a byte of L2 traffic. 24 KiB a stage leave room for two programs on a multiprocessor."""
 
 _GROUP = 8
-_INTERPRETED = not isinstance(tl.cdiv, triton.runtime.JITFunction)
 
 
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,10 +32,11 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     rows, depth = x.shape
     features = len(weight)
     out = x.new_empty(rows, features)
+    interpreted = not isinstance(_matmul, triton.runtime.JITFunction)
     grid = (triton.cdiv(rows, TILE_ROWS) * triton.cdiv(features, TILE_FEATURES),)
     _matmul[grid](
         x, weight, bias, out, rows, features, depth,
-        TILE_ROWS, TILE_FEATURES, TILE_BYTES // x.itemsize, _GROUP, _INTERPRETED, num_warps=WARPS, num_stages=STAGES,
+        TILE_ROWS, TILE_FEATURES, TILE_BYTES // x.itemsize, _GROUP, interpreted, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
 

@@ -65,7 +65,7 @@ def rotate_and_store(
     block_size = kv.shape[3] // (heads.dim + torch.float32.itemsize) if largest else kv.shape[3]
     _rotate_and_store[grid](
         qkv, heads.query_gain, heads.key_gain, table, rows.positions, rows.slots, kv.view(kv_dtype), heads.eps,
-        heads.queries, heads.keys, heads.dim, block_size, _HEADS, heads.query_gain is not None, largest, num_warps=4,
+        heads.queries, heads.keys, heads.dim, block_size, _HEADS, largest, num_warps=4,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
 def _rotate_and_store(
     qkv, query_gain, key_gain, table, positions, slots, kv, eps,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
-    NORM: tl.constexpr, LARGEST: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -107,7 +107,7 @@ def _rotate_and_store(
     at = qkv + (row * (QUERIES + 2 * KEYS) + head) * DIM + lane
     first, second = tl.load(at, there, 0.0), tl.load(at + DIM // 2, there, 0.0)
     low, high = first.to(tl.float32), second.to(tl.float32)
-    if NORM:
+    if query_gain is not None:
         squares = tl.sum(low * low + high * high, 1)
         scale = tl.rsqrt(squares / DIM + eps)[:, None]
         is_query = head < QUERIES

@@ -148,7 +148,7 @@ def test_rotation_is_compiled_without_spills_and_with_wide_accesses(pool: str) -
     built = compile_for_hopper(
         "row_kernels", "_rotate_and_store",
         pointers | {"slots": "*i64", "kv": f"*{pool}", "eps": "fp32"},
-        LLAMA | {"NORM": True, "LARGEST": 127.0 if scaled else None}, num_warps=4,
+        LLAMA | {"LARGEST": 127.0 if scaled else None}, num_warps=4,
     )  # fmt: skip
     assert built.spilled == 0
     assert ("div.rn.f32" in built.ptx) == scaled  # the exact division, as torch does it
