@@ -19,6 +19,7 @@ import torch
 import triton
 
 from . import attention_kernels as kernels
+from .attention_tile import FLOAT8, INT8
 from .ops import Heads, Rows
 from .quantised import LARGEST, split_rows
 
@@ -46,17 +47,18 @@ class Config:
 
 PREFILL = Config(rows=128, values=8192, warps=8, stages=3)
 UNIFORM = Config(rows=64, values=8192, warps=4, stages=3)
-SPLIT = Config(rows=32, values=8192, warps=4, stages=4, resident=2)
-SPLIT_WIDE = Config(rows=64, values=8192, warps=4, stages=3, resident=2)
+SPLIT = Config(rows=32, values=8192, warps=4, stages=3, resident=2)
+SPLIT_WIDE = Config(rows=64, values=8192, warps=8, stages=3)
 """Chosen by reasoning, for a Hopper multiprocessor, which has 228 KiB of shared memory and gets about 25 bytes a
 nanosecond: with a latency of 1 µs it must have 25 KiB on their way, and more while a program goes to its next sequence.
+No more stages than three: a fourth would cost registers, and spill with pools of eight bits.
 
 PREFILL      two groups of four warps share each tile of keys; a larger one would not leave a thread's 255 registers
              enough for the scores and what is being fetched
 UNIFORM      for `deterministic`: the fewest rows that a matrix unit takes from shared memory, because most tiles of a
              decode batch hold one row
-SPLIT        two programs a multiprocessor, each with three tiles of 32 KiB (bfloat16) on their way, 16 or 32 rows
-SPLIT_WIDE   more rows than that: a stage less, so that there still are two programs
+SPLIT        16 or 32 rows; two programs a multiprocessor, each with two tiles of 32 KiB (bfloat16) on their way
+SPLIT_WIDE   more rows than that take the registers of both programs for one
 """
 
 _CHUNK = 256
@@ -65,11 +67,11 @@ _MERGED_PIECES = 8
 _INTERPRETED = not isinstance(kernels.split, triton.runtime.JITFunction)
 
 
-def supports(heads: Heads) -> bool:
-    """Whether the kernels take this shape: what `tl.arange` and a matrix unit want of the head, and a group of query
-    heads that fits a tile."""
+def supports(heads: Heads, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the kernels take heads of this shape, with queries of `dtype`: a power of two of dimensions, as
+    `tl.arange` wants it, that leaves room in shared memory, and a group of query heads that fits a tile."""
     return (
-        16 <= heads.dim <= 256
+        16 <= heads.dim <= 512 // dtype.itemsize
         and heads.dim & (heads.dim - 1) == 0
         and heads.queries % heads.keys == 0
         and heads.queries // heads.keys <= UNIFORM.rows
@@ -117,7 +119,7 @@ def prefill(
         sequences, first, _softmax_scale(heads), query.stride(0), out.stride(0), *pool.strides,
         group, heads.dim, pool.block_size, heads.window,
         config.rows, config.tokens(heads.dim, pool.item_bytes), config.stages,
-        uniform, pool.scaled, _wide(query.dtype), num_warps=config.warps,
+        uniform, pool.pairs, _wide(query.dtype), num_warps=config.warps,
     )  # fmt: skip
     return out
 
@@ -171,7 +173,7 @@ def verify(
         _softmax_scale(heads), query.stride(0) // queries, *pool.strides,
         heads.keys, group, queries, heads.dim, pool.block_size, heads.window, trees is not None,
         tile_rows, config.tokens(heads.dim, pool.item_bytes), config.stages, _CHUNK,
-        pool.scaled, _wide(query.dtype), num_warps=config.warps,
+        pool.pairs, _wide(query.dtype), num_warps=config.warps,
     )  # fmt: skip
     merged_rows = min(triton.next_power_of_2(queries * group), _MERGED_ROWS)
     kernels.merge[(batch, heads.keys, triton.cdiv(queries * group, merged_rows))](
@@ -189,15 +191,17 @@ class _Pool:
     strides: tuple[int, ...]
     block_size: int
     item_bytes: int
-    scaled: bool
+    pairs: int
 
 
 def _pool(kv: torch.Tensor, dtype: torch.dtype, heads: Heads) -> _Pool:
-    scales = None
-    if dtype in LARGEST:
-        kv, scales = split_rows(kv, dtype, heads.dim)
-    strides = (*kv.stride()[:3], *((0, 0, 0) if scales is None else scales.stride()[:3]))
-    return _Pool((kv, scales), strides, kv.shape[3], kv.itemsize, scales is not None)
+    if dtype not in LARGEST:
+        return _Pool((kv, None), (*kv.stride()[:3], 0, 0, 0), kv.shape[3], kv.itemsize, 0)
+    elements, scales = split_rows(kv, dtype, heads.dim)
+    assert scales is not None
+    pairs, kind = elements.view(torch.int16), INT8 if dtype == torch.int8 else FLOAT8
+    strides = (*pairs.stride()[:3], *scales.stride()[:3])
+    return _Pool((pairs, scales), strides, elements.shape[3], 1, kind.value)
 
 
 def _softmax_scale(heads: Heads) -> float:

@@ -1,13 +1,9 @@
 """Triton kernels for `attention.py`: flash attention over a paged KV pool, for prompts and for running requests.
 
-Both read keys and values through ragged block tables, a tile of `TOKENS` at a time. Each token of a tile finds its
-block by itself, so a tile may be made of any number of blocks; a block of 16 tokens of one head is one run of memory,
-4 KiB in bfloat16 with 128 values a head. The query heads that share a KV head lie one after the other in the rows of a
-tile (GQA packing), so that each key is read once for all of them.
-
-The softmax is computed as tiles come (Dao et al., FlashAttention), with base-2 exponentials. Elements of a quantised
-pool go into the products as they are: a key's scale multiplies its scores, a value's scale its probabilities, which is
-1 multiplication for each row and token instead of one for each of `DIM` values.
+Both walk the tiles of keys that a tile of queries sees, one `attention_tile.attend` after the other. The query heads
+that share a KV head lie one behind the other in the rows of a tile (GQA packing), so that each key is read once for all
+of them. While a tile is computed with, the pipeline copies later ones; where those lie, it knows from blocks that were
+read one tile before, so that no copy waits for the block table.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -18,8 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOWEST = tl.constexpr(float("-inf"))
-
+from .attention_tile import LOWEST, attend, blocks, products
 
 # --- how the tiles of a ragged batch fall to programs: plain arithmetic, which the tests run as Python ---
 
@@ -43,69 +38,6 @@ def owner(total, tile, programs):
     return ((tile + 1) * programs - 1) // total
 
 
-# --- what both kernels do with a tile ---
-
-
-@triton.constexpr_function
-def _products(query, SCALED, WIDE):
-    """The type that products are made in: the queries', or float32. float16 has no room for a probability times the
-    scale of a value."""
-    if WIDE:
-        return tl.float32
-    return tl.bfloat16 if SCALED else query.dtype.element_ty
-
-
-@triton.jit
-def _blocks(table, tile, oldest, length, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    """The block of each token of a tile."""
-    token = tile * TOKENS + tl.arange(0, TOKENS)
-    return tl.load(table + token // BLOCK, mask=(token >= oldest) & (token < length), other=0)
-
-
-@triton.jit
-def _attend(
-    query, top, sum, result, tile, block, length, oldest, place, root, bits,
-    elements, scales, element_block, element_value, scale_block, scale_value, softmax_scale,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr,
-    MASKED: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """One step of the softmax over tile number `tile`: its maxima `top` [R], sums [R] and result [R, DIM] go on.
-
-    `elements` and `scales` point to the KV head's part of block 0. Row r stands at `place[r]` and sees what is not
-    after it and, with a window, not too far before. With a tree it sees of the tokens from `root` on those whose bit
-    is set. Nothing before `oldest` or from `length` on is read: it may be another sequence's, or not finite.
-    """
-    token = tile * TOKENS + tl.arange(0, TOKENS)
-    there = (token >= oldest) & (token < length)
-    block = block.to(tl.int64)
-    dim = tl.arange(0, DIM)
-    at = (block * element_block + token % BLOCK * DIM)[:, None] + dim[None, :]
-    key = tl.load(elements + at, mask=there[:, None], other=0.0)
-    score = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee")
-    if SCALED:
-        scale_at = block * scale_block + token % BLOCK
-        score *= tl.load(scales + scale_at, mask=there, other=0.0)[None, :]
-    if MASKED:
-        seen = token[None, :] <= place[:, None]
-        if WINDOW:
-            seen &= token[None, :] > place[:, None] - WINDOW
-        if TREE:
-            ahead = token - root
-            bit = (bits[:, None] >> tl.minimum(tl.maximum(ahead, 0), 63)[None, :].to(tl.int64)) & 1
-            seen = tl.where(ahead[None, :] < 0, seen, bit != 0)
-        score = tl.where(seen & there[None, :], score, _LOWEST)
-    new_top = tl.maximum(top, tl.max(score, 1))
-    base = tl.where(new_top == _LOWEST, 0.0, new_top * softmax_scale)  # a row that has seen nothing yet
-    probability = tl.exp2(score * softmax_scale - base[:, None])
-    shrink = tl.exp2(top * softmax_scale - base)
-    sum = sum * shrink + tl.sum(probability, 1)
-    if SCALED:
-        probability *= tl.load(scales + scale_value + scale_at, mask=there, other=0.0)[None, :]
-    value = tl.load(elements + element_value + at, mask=there[:, None], other=0.0)
-    result = tl.dot(probability.to(DOT), value.to(DOT), result * shrink[:, None], input_precision="ieee")
-    return new_top, sum, result
-
-
 # --- prompts ---
 
 
@@ -115,7 +47,7 @@ def prefill(
     query_stride, out_stride, element_block, element_value, element_head, scale_block, scale_value, scale_head,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    UNIFORM: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
+    UNIFORM: tl.constexpr, PAIRS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """See `attention.prefill`. A program computes one tile of ROWS // GROUP rows of one sequence and KV head.
 
@@ -123,7 +55,7 @@ def prefill(
     program finds its sequence by binary search, and the host need know only how many rows and sequences there are.
     Late tiles, which see most, start first. UNIFORM: every tile of tokens goes through the same code.
     """
-    DOT: tl.constexpr = _products(query, SCALED, WIDE)
+    DOT: tl.constexpr = products(query, PAIRS, WIDE)
     QUERIES: tl.constexpr = ROWS // GROUP
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     low, high = 0, sequences
@@ -147,6 +79,9 @@ def prefill(
     line = (start + chosen).to(tl.int64)
     inside = ((head * GROUP + row % GROUP) * DIM)[:, None] + dim[None, :]
     queries = tl.load(query + line[:, None] * query_stride + inside, mask=mine[:, None], other=0.0).to(DOT)
+    odd_queries = 0
+    if PAIRS:
+        queries, odd_queries = tl.split(tl.reshape(queries, (ROWS, DIM // 2, 2)))
 
     length = tl.load(lengths + low)
     before = length - count + begin  # tokens before the tile's first row
@@ -154,7 +89,7 @@ def prefill(
     stop = tl.minimum(before + QUERIES, length)
     table = tables + tl.load(table_starts + low)
     element_part = elements + head * element_head
-    scale_part = scales + head * scale_head if SCALED else scales
+    scale_part = scales + head * scale_head if PAIRS else scales
     oldest = tl.maximum(before + 1 - WINDOW, 0) if WINDOW else 0
     # Tiles [first, clean) and [soiled, last) hold tokens that some row of the tile does not see, those between none.
     first, last = oldest // TOKENS, tl.cdiv(stop, TOKENS)
@@ -163,36 +98,39 @@ def prefill(
         soiled = (before + 1) // TOKENS
         clean = tl.minimum(tl.cdiv(tl.maximum(stop - WINDOW, 0), TOKENS), soiled) if WINDOW else 0
 
-    top = tl.full((ROWS,), _LOWEST, tl.float32)
+    top = tl.full((ROWS,), LOWEST, tl.float32)
     sum = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, DIM), tl.float32)
-    block = _blocks(table, first, oldest, stop, BLOCK, TOKENS)
+    result = tl.zeros((ROWS, DIM // 2 if PAIRS else DIM), tl.float32)
+    odd_result = result if PAIRS else 0
+    block = blocks(table, first, oldest, stop, BLOCK, TOKENS)
     if UNIFORM or WINDOW:
         for tile in tl.range(first, clean, num_stages=STAGES):
-            following = _blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
-            top, sum, result = _attend(
-                queries, top, sum, result, tile, block, stop, oldest, place, 0, 0,
+            following = blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
+            top, sum, result, odd_result = attend(
+                queries, odd_queries, top, sum, result, odd_result, tile, block, stop, oldest, place, 0, 0,
                 element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
-                BLOCK, DIM, TOKENS, WINDOW, False, True, SCALED, DOT,
+                BLOCK, DIM, TOKENS, WINDOW, False, True, PAIRS, DOT,
             )  # fmt: skip
             block = following
     if not UNIFORM:
         for tile in tl.range(clean, soiled, num_stages=STAGES):
-            following = _blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
-            top, sum, result = _attend(
-                queries, top, sum, result, tile, block, stop, oldest, place, 0, 0,
+            following = blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
+            top, sum, result, odd_result = attend(
+                queries, odd_queries, top, sum, result, odd_result, tile, block, stop, oldest, place, 0, 0,
                 element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
-                BLOCK, DIM, TOKENS, WINDOW, False, False, SCALED, DOT,
+                BLOCK, DIM, TOKENS, WINDOW, False, False, PAIRS, DOT,
             )  # fmt: skip
             block = following
         for tile in tl.range(soiled, last, num_stages=STAGES):
-            following = _blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
-            top, sum, result = _attend(
-                queries, top, sum, result, tile, block, stop, oldest, place, 0, 0,
+            following = blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
+            top, sum, result, odd_result = attend(
+                queries, odd_queries, top, sum, result, odd_result, tile, block, stop, oldest, place, 0, 0,
                 element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
-                BLOCK, DIM, TOKENS, WINDOW, False, True, SCALED, DOT,
+                BLOCK, DIM, TOKENS, WINDOW, False, True, PAIRS, DOT,
             )  # fmt: skip
             block = following
+    if PAIRS:
+        result = tl.reshape(tl.join(result, odd_result), (ROWS, DIM))
     result = result / tl.where(sum == 0, 1.0, sum)[:, None]
     tl.store(out + line[:, None] * out_stride + inside, result.to(out.dtype.element_ty), mask=mine[:, None])
 
@@ -213,7 +151,7 @@ def split(
     query_stride, element_block, element_value, element_head, scale_block, scale_value, scale_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, TREE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    CHUNK: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
+    CHUNK: tl.constexpr, PAIRS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """See `attention.verify`. All tiles of all sequences, one after the other, are cut into one range for each program
     (axis 0) of a KV head (axis 1) and ROWS of its QUERIES × GROUP rows (axis 2).
@@ -223,7 +161,7 @@ def split(
     Programs and sequences both only go on, and never both stand still, so no two pieces have one slot. `pieces`
     [2, batch] tells `merge` where a sequence's pieces begin and how many they are.
     """
-    DOT: tl.constexpr = _products(query, SCALED, WIDE)
+    DOT: tl.constexpr = products(query, PAIRS, WIDE)
     total = tl.zeros((), tl.int64)
     for at in range(0, batch, CHUNK):
         total += tl.sum(_count(lengths, at + tl.arange(0, CHUNK), batch, QUERIES, WINDOW, TOKENS), 0)
@@ -250,7 +188,7 @@ def split(
     dim = tl.arange(0, DIM)
     inside = ((head * GROUP + row % GROUP) * DIM)[:, None] + dim[None, :]
     element_part = elements + head * element_head
-    scale_part = scales + head * scale_head if SCALED else scales
+    scale_part = scales + head * scale_head if PAIRS else scales
     while tile < end:
         length = tl.load(lengths + sequence)
         skipped = first_tile(length, QUERIES, WINDOW, TOKENS)
@@ -258,6 +196,9 @@ def split(
         stop = tl.minimum(end, last)
         line = (sequence * QUERIES + chosen).to(tl.int64)
         queries = tl.load(query + line[:, None] * query_stride + inside, mask=mine[:, None], other=0.0).to(DOT)
+        odd_queries = 0
+        if PAIRS:
+            queries, odd_queries = tl.split(tl.reshape(queries, (ROWS, DIM // 2, 2)))
         root = length - QUERIES
         place = root + chosen
         bits = 0
@@ -267,19 +208,22 @@ def split(
         oldest = tl.maximum(root + 1 - WINDOW, 0) if WINDOW else 0
         table = tables + tl.load(table_starts + sequence)
 
-        top = tl.full((ROWS,), _LOWEST, tl.float32)
+        top = tl.full((ROWS,), LOWEST, tl.float32)
         sum = tl.zeros((ROWS,), tl.float32)
-        result = tl.zeros((ROWS, DIM), tl.float32)
+        result = tl.zeros((ROWS, DIM // 2 if PAIRS else DIM), tl.float32)
+        odd_result = result if PAIRS else 0
         begin = (tile - first).to(tl.int32) + skipped
-        block = _blocks(table, begin, oldest, length, BLOCK, TOKENS)
+        block = blocks(table, begin, oldest, length, BLOCK, TOKENS)
         for number in tl.range(begin, begin + (stop - tile).to(tl.int32), num_stages=STAGES):
-            following = _blocks(table, number + 1, oldest, length, BLOCK, TOKENS)
-            top, sum, result = _attend(
-                queries, top, sum, result, number, block, length, oldest, place, root, bits,
+            following = blocks(table, number + 1, oldest, length, BLOCK, TOKENS)
+            top, sum, result, odd_result = attend(
+                queries, odd_queries, top, sum, result, odd_result, number, block, length, oldest, place, root, bits,
                 element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
-                BLOCK, DIM, TOKENS, WINDOW, TREE, True, SCALED, DOT,
+                BLOCK, DIM, TOKENS, WINDOW, TREE, True, PAIRS, DOT,
             )  # fmt: skip
             block = following
+        if PAIRS:
+            result = tl.reshape(tl.join(result, odd_result), (ROWS, DIM))
         sum = tl.where(sum == 0, 1.0, sum)  # a row that sees nothing of this piece
         result = result / sum[:, None]
         if (tile == first) & (stop == last):
@@ -326,17 +270,17 @@ def merge(
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     mine = row < QUERIES * GROUP
     dim = tl.arange(0, DIM)
-    top = tl.full((ROWS,), _LOWEST, tl.float32)
+    top = tl.full((ROWS,), LOWEST, tl.float32)
     sum = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, DIM), tl.float32)
     for at in range(0, count, PIECES):
         piece = at + tl.arange(0, PIECES)
         line = ((slot + piece) * HEADS + head).to(tl.int64)[:, None] * (QUERIES * GROUP) + row[None, :]
         there = (piece < count)[:, None] & mine[None, :]
-        log = tl.load(logs + line, mask=there, other=_LOWEST)
+        log = tl.load(logs + line, mask=there, other=LOWEST)
         part = tl.load(parts + line[:, :, None] * DIM + dim[None, None, :], mask=there[:, :, None], other=0.0)
         new_top = tl.maximum(top, tl.max(log, 0))
-        base = tl.where(new_top == _LOWEST, 0.0, new_top)
+        base = tl.where(new_top == LOWEST, 0.0, new_top)
         weight = tl.exp2(log - base[None, :])
         shrink = tl.exp2(top - base)
         sum = sum * shrink + tl.sum(weight, 0)

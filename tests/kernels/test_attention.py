@@ -250,8 +250,9 @@ def test_the_first_tile_is_the_first_that_is_seen(length: int, queries: int, win
     ("heads", "fits"),
     [
         (Heads(32, 8, 128), True), (Heads(9, 3, 64), True), (Heads(8, 1, 256), True),
-        (Heads(32, 8, 80), False), (Heads(8, 1, 512), False), (Heads(71, 1, 64), False), (Heads(8, 3, 64), False),
+        (Heads(32, 8, 96), False), (Heads(8, 1, 512), False), (Heads(71, 1, 64), False), (Heads(8, 3, 64), False),
     ],
 )  # fmt: skip
 def test_supports(heads: Heads, fits: bool) -> None:
     assert attention.supports(heads) == fits
+    assert attention.supports(heads, torch.float32) == (fits and heads.dim <= 128)
