@@ -67,7 +67,7 @@ _MERGED_PIECES = 8
 _INTERPRETED = not isinstance(kernels.split, triton.runtime.JITFunction)
 
 
-def supports(heads: Heads, dtype: torch.dtype = torch.bfloat16) -> bool:
+def supports(heads: Heads, dtype: torch.dtype) -> bool:
     """Whether the kernels take heads of this shape, with queries of `dtype`: a power of two of dimensions, as
     `tl.arange` wants it, that leaves room in shared memory, and a group of query heads that fits a tile."""
     return (

@@ -28,7 +28,7 @@ def select_ops(
     `kv_dtype` is the type of the pool, one of `quantised.TYPES`. `deterministic` asks for operations whose rows have
     the same bits in every batch; compiled C is so in any case. Raises `ValueError` where there are none.
     """
-    if device.type == "cuda" and (ops := _triton(device, kv_dtype, heads, deterministic)) is not None:
+    if device.type == "cuda" and (ops := _triton(device, dtype, kv_dtype, heads, deterministic)) is not None:
         return ops
     base: Ops | None = None
     if device.type == "cpu" and dtype == torch.float32 and supports(heads.queries, heads.keys, heads.dim, block_size):
@@ -45,13 +45,15 @@ def _native() -> Ops | None:
     return None if library is None else NativeOps(library, torch.get_num_threads())
 
 
-def _triton(device: torch.device, kv_dtype: torch.dtype, heads: Heads, deterministic: bool) -> Ops | None:
+def _triton(
+    device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, heads: Heads, deterministic: bool
+) -> Ops | None:
     """None, with a line in the log, where Triton is missing, cannot compile, or its kernels do not take the heads."""
     try:
         from . import attention
         from .triton_ops import TritonOps
 
-        if attention.supports(heads):
+        if attention.supports(heads, dtype):
             ops = TritonOps(kv_dtype, deterministic)
             ops.silu_mul(torch.zeros(1, 32, device=device))
             return ops

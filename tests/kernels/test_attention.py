@@ -254,5 +254,5 @@ def test_the_first_tile_is_the_first_that_is_seen(length: int, queries: int, win
     ],
 )  # fmt: skip
 def test_supports(heads: Heads, fits: bool) -> None:
-    assert attention.supports(heads) == fits
+    assert attention.supports(heads, torch.bfloat16) == fits
     assert attention.supports(heads, torch.float32) == (fits and heads.dim <= 128)
