@@ -117,14 +117,16 @@ def test_they_are_chosen_where_they_can_be_had(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kind = TYPES["int8"]
-    found = [select._triton(DEVICE, kind, Heads(4, 2, 64), deterministic) for deterministic in (False, True)]
+    found = [
+        select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 64), deterministic) for deterministic in (False, True)
+    ]
     assert [each and each.name for each in found] == ["triton", "triton-deterministic"]
     assert caplog.records == []
-    assert select._triton(DEVICE, kind, Heads(4, 2, 80), False) is None
+    assert select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 80), False) is None
 
     def broken(gate_up: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("0 active drivers")
 
     monkeypatch.setattr("baton.kernels.row_kernels.silu_mul", broken)
-    assert select._triton(DEVICE, kind, Heads(4, 2, 64), False) is None
+    assert select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 64), False) is None
     assert ["heads of 80" in caplog.messages[0], "0 active drivers" in caplog.messages[1]] == [True, True]
