@@ -91,7 +91,7 @@ class Moves:
 
     def drew(self, sequence: Sequence, sampled: Sampled) -> None:
         """The sequence has one more token."""
-        if outgoing := self._sender.of(sequence):
+        if self._drawn and (outgoing := self._sender.of(sequence)):
             token = TokenOut(sequence.key[1], len(sequence.tokens) - 1, sampled.token, sampled.logprob)
             self._drawn[outgoing.id].append(token)
 

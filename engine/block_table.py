@@ -96,14 +96,12 @@ class BlockTable:
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """KV of `count` more tokens is in the pool: blocks that became full can be found by others from now on."""
-        first = sequence.computed // self.block_size
         sequence.computed = computed = sequence.computed + count
         if sequence.launched < computed:
             sequence.launched = computed
-        last = computed // self.block_size
-        if first < last:
+        if computed % self.block_size < count:  # past the end of a block
             hashes = self.chain(sequence)
-            for i in range(first, last):
+            for i in range((computed - count) // self.block_size, computed // self.block_size):
                 self.manager.seal(sequence.blocks[i], hashes[i])
 
     def drop(self, sequence: Sequence) -> None:
