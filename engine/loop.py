@@ -38,9 +38,6 @@ IDLE_WAIT_S = 0.05
 MAX_FAILURES = 3
 """Steps that may fail one after the other before the loop gives up and the process ends."""
 
-OUTLIER = 2.0
-"""A decode step counts for at most this many times what steps took before."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -185,7 +182,7 @@ class EngineLoop:
         del self._running[0]
         self._failures = 0
         done, table, gone = self._clock.now(), self.context.table, step.flight.gone
-        self._measure(step.plan, done - max(step.begun, self._collected))
+        self.context.stats.step(step.plan, done - max(step.begun, self._collected))
         self._collected = done
         for part, owner, sampled in zip(step.plan.slices, step.owners, results, strict=True):
             if part.sequence not in gone:
@@ -231,19 +228,6 @@ class EngineLoop:
             self._kv_seq += 1
             for router in self.context.outbox.routers:
                 self.context.outbox.kv(router, KvEvents(self._kv_seq, stored, evicted))
-
-    def _measure(self, plan: StepPlan, seconds: float) -> None:
-        stats = self.context.stats
-        stats.steps += 1
-        chunk = sum([part.count for part in plan.slices if part.count != 1 or not part.samples])
-        if chunk >= 32:  # smaller chunks say more about overheads than about the rate
-            stats.prefill_tokens_per_s = _smooth(stats.prefill_tokens_per_s, chunk / max(seconds, 1e-9))
-        elif chunk == 0:
-            # A step in which the process was stopped or starved says nothing of the next ones; taken at its word, it
-            # would keep the router away, and with it the steps that tell better.
-            most = OUTLIER * stats.decode_step_s or seconds
-            stats.decode_step_s = _smooth(stats.decode_step_s, min(seconds, most))
-            stats.decode_batch = _smooth(stats.decode_batch, len(plan.slices))
 
     def load(self) -> Load:
         """How busy this worker is now."""
@@ -297,7 +281,3 @@ class EngineLoop:
             handovers=sum(role.handovers for role in self.roles),
             preemptions=self.context.stats.preemptions,
         )
-
-
-def _smooth(old: float, new: float, weight: float = 0.2) -> float:
-    return new if old == 0.0 else (1 - weight) * old + weight * new

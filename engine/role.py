@@ -15,9 +15,7 @@ from .block_table import BlockTable
 from .mailbox import InboxItem, Outbox
 from .plan import Sampled, Slice, StepPlan
 from .sequence import Sequence
-
-MAX_CODES = 64
-"""Reasons of failed handovers that are counted apart."""
+from .stats import Stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,34 +28,6 @@ class Limits:
     max_batch_tokens: int
     max_running: int
     max_waiting: int
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counters since the worker's start, and smoothed rates."""
-
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    handovers: int = 0
-    handover_bytes: int = 0
-    handover_seconds: float = 0.0
-    handover_exposed_seconds: float = 0.0
-    handover_skipped_blocks: int = 0
-    moves: int = 0
-    shared_tokens: int = 0
-    handover_aborts: dict[str, int] = field(default_factory=dict)
-    prefill_tokens_per_s: float = 0.0
-    decode_step_s: float = 0.0
-    decode_batch: float = 0.0
-
-    def aborted(self, code: str) -> None:
-        """Count a handover that failed. Codes may be a peer's own, so their number is bounded."""
-        if code not in self.handover_aborts and len(self.handover_aborts) >= MAX_CODES:
-            code = BatonError.code
-        self.handover_aborts[code] = self.handover_aborts.get(code, 0) + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
