@@ -186,6 +186,23 @@ def test_a_source_that_decodes_does_not_trust_what_it_sent_damaged(overlap: bool
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+def test_who_moves_draws_nothing_more_once_the_commit_is_out(overlap: bool) -> None:
+    with begin(Role.COLOCATED, "tcp", 2 * LENGTH, overlap) as world:
+        source = world.source
+        for channel in ("control", "answer"):
+            world.play("deliver", channel, 0)
+        while world.source.frames.flying:
+            world.play("deliver", "frame", 0)
+        while not source.to_targets:
+            source.step()
+        (commit,), known = source.to_targets, source.tokens[-1].position
+        assert isinstance(commit, Commit) and commit.tokens[-1].position == known
+        for _ in range(3):
+            source.step()
+        assert source.tokens[-1].position == known
+
+
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("reserved", [False, True])
 def test_who_is_preempted_on_its_way_stays_and_says_so(reserved: bool, overlap: bool) -> None:
     """The router waits for a word on the move, or it would never move that request again."""

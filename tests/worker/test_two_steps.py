@@ -65,6 +65,10 @@ class Bench:
         assert report.ok, report.problem
         return computed
 
+    @property
+    def pinned(self) -> int:
+        return self.table.manager.pinned
+
     def rest(self) -> None:
         """Go round until nothing is to be done, and find all blocks back."""
         for _ in range(3000):
@@ -246,25 +250,24 @@ def test_a_broken_engine_ends_the_loop_and_all_are_told(at_launch: bool, overlap
     assert bench.heard(Failed).keys() == {1, 2}
 
 
-def test_a_worker_does_not_turn_while_a_step_is_under_way() -> None:
-    """What it draws is nobody's any more; but it still writes blocks."""
-    bench = Bench(overlap=True, late=True)
+@pytest.mark.parametrize(("overlap", "late"), LOOPS)
+def test_what_runs_already_is_heard_of_when_a_launch_fails(overlap: bool, late: bool) -> None:
+    bench = Bench(overlap, late)
+    bench.loop._runner = Faulty(bench.runner, 5, EngineFailure("out of memory"), at_launch=True)
     bench.submit(1, request("1", [1, 2, 3], 30))
-    for _ in range(3):
-        bench.round()
-    said = list[bool]()
-    bench.cancel(1)
-    bench.inbox.post(Recast(lambda: bench.cast.play(Role.DECODE), 1e9, said.append))
-    roles = bench.loop.roles
-    bench.loop.inbox.post(FromRouter("router", Cancel(1)))
-    computed = bench.loop._running[0][1]
-    results = computed.results
-    seen = list[tuple[int, bool]]()
-
-    def watched() -> list[Sampled | None]:
-        seen.append((bench.table.manager.pinned, bench.loop.roles is roles))
-        return results()
-
-    bench.loop._running[0] = (bench.loop._running[0][0], Mock(results=watched))
     bench.rest()
-    assert seen == [(1, True)] and said == [True] and bench.loop.roles is not roles
+    assert bench.tokens(1) == oracle([1, 2, 3], 4) and bench.heard(Failed)[1].code == "engine_failure"
+
+
+def test_a_worker_does_not_turn_while_a_step_is_under_way() -> None:
+    """Its only request has ended by a stop token; but the row too many still writes a block."""
+    bench, held = Bench(overlap=True, late=True), list[int]()
+    stop = oracle([1, 2, 3], 5)[4]
+    bench.submit(1, request("1", [1, 2, 3], 30, stop_token_ids=(stop,)))
+    bench.round()
+    bench.inbox.post(Recast(lambda: bench.cast.play(Role.DECODE), 1e9, lambda _: held.append(bench.pinned)))
+    while not bench.heard(Finished):
+        bench.round()
+    assert bench.pinned > 0 and held == []
+    bench.rest()
+    assert held == [0]
