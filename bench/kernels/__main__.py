@@ -29,7 +29,7 @@ def run(interpret: bool, sweep: bool, only: str) -> Iterator[tuple[dict[str, Any
     import torch
 
     from .. import ceilings as most
-    from . import attention, small
+    from . import attention, sampling, small
     from .cases import measure
     from .shapes import LLAMA_8B, TINY
     from .sweep import attention_sweep
@@ -37,7 +37,7 @@ def run(interpret: bool, sweep: bool, only: str) -> Iterator[tuple[dict[str, Any
     device = torch.device("cpu" if interpret else "cuda")
     shape = TINY if interpret else LLAMA_8B
     found = most.measure(device, shape.dtype, most.TINY if interpret else most.Sizes())
-    for source in (attention.cases(shape, device), small.cases(shape, device)):
+    for source in (attention.cases(shape, device), small.cases(shape, device), sampling.cases(shape, device)):
         for case in source:
             if only in case.kernel:
                 yield asdict(found), measure(device, case, found)

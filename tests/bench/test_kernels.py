@@ -29,7 +29,7 @@ def test_all_kernels_run_and_are_right(
     kernels = [row["kernel"] for row in found["kernels"]]
     assert set(kernels) == {
         *("decode attention", "verify attention", "prefill attention", "add and norm", "SiLU and multiply"),
-        *("rotate and store", "pack", "unpack"),
+        *("rotate and store", "pack", "unpack", "sampling, greedy", "sampling, mixed"),
     }
     assert [row["config"] for row in found["kernels"] if row["config"]] == [str(SPLIT), str(PREFILL)]
     assert found["wrong"] == [] and found["ceilings"]["copy"] > 0
