@@ -102,6 +102,9 @@ def load_rank(
         weights = dummy_weights(part, ops, dtype, device, progress)
     else:
         weights = load_weights(folder, part, ops, dtype, device, progress)
+    if device.type == "cuda":  # threads have copied on a stream that is not ours, and left memory that is its own
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
     if group is not None:
         ops = ParallelOps(ops, group, part, weights)
     longest = config.max_model_len or whole.max_position_embeddings

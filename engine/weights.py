@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,39 +29,58 @@ Progress = Callable[[float], None]
 TensorSource = Callable[..., torch.Tensor]
 """`source(name, *axes)`: of the tensor with this Hugging Face name, which has the axes' sizes, the axes' parts."""
 
+READERS = 8
+"""Layers that are read at a time. More than a disk needs to be busy, and enough for page faults and copies through the
+driver's own buffers to keep up with a fast one."""
+
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def load_weights(
     folder: Path, shard: Shard, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> Weights:
-    """Read model.safetensors, or the shards that model.safetensors.index.json lists.
+    """Read model.safetensors, or the shards that model.safetensors.index.json lists: several layers at a time, far from
+    each other, so that several files are read, converted and copied to the device at once. Beside the weights there
+    are never more than these layers' tensors in memory.
 
     Raises `InvalidRequest` that names missing, unexpected or wrongly shaped tensors.
     """
-    where = _tensor_files(folder)
+    stored = _stored(folder)
+    total, done, counting = sum(each.size for each in stored.values()), 0, threading.Lock()
     used: set[str] = set()
+    handles = threading.local()
+
+    def opened(path: Path) -> Any:
+        """This thread's own handle of a file: they cannot be shared."""
+        mine = handles.__dict__
+        if str(path) not in mine:
+            mine[str(path)] = safe_open(path, framework="pt")
+        return mine[str(path)]
 
     def source(name: str, *axes: Axis) -> torch.Tensor:
-        if name not in where:
+        nonlocal done
+        if name not in stored:
             raise InvalidRequest(f"{folder}: tensor {name} is missing", param="model")
-        used.add(name)
+        found = opened(stored[name].path).get_slice(name)
         shape = [axis.size for axis in axes]
-        with safe_open(where[name], framework="pt") as file:
-            stored = file.get_slice(name)
-            if stored.get_shape() != shape:
-                raise InvalidRequest(
-                    f"{folder}: tensor {name} is {stored.get_shape()}; config.json says {shape}", param="model"
-                )
-            tensor: torch.Tensor = stored[_index(axes)]
-        return tensor.to(device=device, dtype=dtype)
+        if found.get_shape() != shape:
+            raise InvalidRequest(
+                f"{folder}: tensor {name} is {found.get_shape()}; config.json says {shape}", param="model"
+            )
+        tensor: torch.Tensor = found[_index(axes)].to(device=device, dtype=dtype)
+        with counting:
+            used.add(name)
+            done += stored[name].size
+            progress(done / total)
+        return tensor
 
-    weights = assemble(shard, source, ops, progress)
+    weights = assemble(shard, source, ops, READERS)
     # Old checkpoints carry RoPE's frequencies, and some a head although the embedding serves as head.
-    harmless = {name for name in where if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
-    unexpected = sorted(where.keys() - used - harmless)
+    harmless = {name for name in stored if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
+    unexpected = sorted(stored.keys() - used - harmless)
     if unexpected:
         raise InvalidRequest(f"{folder}: unexpected tensors: {', '.join(unexpected[:5])}", param="model")
+    progress(1.0)
     return weights
 
 
@@ -70,11 +94,14 @@ def dummy_weights(shard: Shard, ops: Ops, dtype: torch.dtype, device: torch.devi
             return whole.fill_(1.0)
         return whole.normal_(0.0, 0.02, generator=generator)[_index(axes)]
 
-    return assemble(shard, source, ops, progress)
+    return assemble(shard, source, ops, 1, progress)
 
 
-def assemble(shard: Shard, source: TensorSource, ops: Ops, progress: Progress) -> Weights:
-    """Ask `source` for a rank's part of every tensor of the model, and fuse and pack them."""
+def assemble(
+    shard: Shard, source: TensorSource, ops: Ops, readers: int, progress: Progress = lambda share: None
+) -> Weights:
+    """Ask `source` for a rank's part of every tensor of the model, and fuse and pack them. `readers` threads ask for a
+    layer each at a time; one alone asks in order. `progress` counts layers."""
     config = shard.config
 
     def table(name: str) -> torch.Tensor:
@@ -84,13 +111,19 @@ def assemble(shard: Shard, source: TensorSource, ops: Ops, progress: Progress) -
 
     embedding = table("model.embed_tokens.weight")
     head = embedding if config.tied else table("lm_head.weight")
-    layers = []
-    for index in range(config.num_layers):
-        progress((index + 1) / (config.num_layers + 1))
-        layers.append(_layer(shard, source, ops, f"model.layers.{index}."))
+    apart = -(-config.num_layers // readers)
+    order = sorted(range(config.num_layers), key=lambda index: (index % apart, index))
+    layers: dict[int, LayerWeights] = {}
+    with ThreadPoolExecutor(readers, "reader") as pool:
+        futures = {pool.submit(_layer, shard, source, ops, f"model.layers.{index}."): index for index in order}
+        try:
+            for done in as_completed(futures):
+                layers[futures[done]] = done.result()
+                progress(len(layers) / config.num_layers)
+        finally:
+            pool.shutdown(cancel_futures=True)
     final_gain = source("model.norm.weight", shard.hidden)
-    progress(1.0)
-    return Weights(embedding, tuple(layers), final_gain, head)
+    return Weights(embedding, tuple(layers[index] for index in range(config.num_layers)), final_gain, head)
 
 
 def _layer(shard: Shard, source: TensorSource, ops: Ops, prefix: str) -> LayerWeights:
@@ -129,7 +162,7 @@ def weights_digest(folder: Path) -> str:
     """Cheap name of a checkpoint's content: config.json whole, and of each safetensors file the header, the size
     and bytes sampled at even distances. Tells checkpoints apart; does not prove that no byte was changed."""
     digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=16)
-    for path in sorted(set(_tensor_files(folder).values())):
+    for path in sorted({each.path for each in _stored(folder).values()}):
         size = path.stat().st_size
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
@@ -140,8 +173,16 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of each tensor → the file that holds it."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a tensor is, and how many elements it has."""
+
+    path: Path
+    size: int
+
+
+def _stored(folder: Path) -> dict[str, _Stored]:
+    """All tensors of a checkpoint by name. Raises `InvalidRequest` where a file is missing or broken."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         shards = {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
@@ -149,11 +190,12 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         shards = {single}
     else:
         raise InvalidRequest(f"{folder} has neither {single.name} nor {index.name}", param="model")
-    found: dict[str, Path] = {}
+    found: dict[str, _Stored] = {}
     for path in sorted(shards):
         try:
             with safe_open(path, framework="pt") as file:
-                found.update(dict.fromkeys(file.keys(), path))
+                for name in file.keys():  # noqa: SIM118 -- it is not a dictionary
+                    found[name] = _Stored(path, math.prod(file.get_slice(name).get_shape()))
         except (OSError, SafetensorError) as error:
             raise InvalidRequest(f"{path} cannot be read: {error}", param="model") from error
     return found
