@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,18 +15,20 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, which looks at this once
     os.environ["TRITON_INTERPRET"] = "1"
 
-HERE = Path(__file__).parent
-WHOLE = ("e2e", "ray")
-"""Rooms whose files share clusters: one process runs all of each. Of others it runs whole files."""
+E2E = Path(__file__).parent / "e2e"
 E2E_TIMEOUT_S = 400
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        room = item.path.relative_to(HERE).parts[0]
-        item.add_marker(pytest.mark.xdist_group(room if room in WHOLE else f"{room}/{item.path.name}"))
-        if room == "e2e":
+        if E2E in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(E2E_TIMEOUT_S))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.shares import Shares  # where tests run in one process, nothing of this is needed
+
+    return Shares(config, log)

@@ -170,12 +170,12 @@ def _request(prompt: Prompt, options: dict[str, Any]) -> tuple[str, dict[str, An
 
 
 @contextmanager
-def running(folder: Path, *flags: str, config: str = "") -> Iterator[Serve]:
-    """A ready `baton serve` with these flags and this YAML, ended afterwards. Its log is in `folder`."""
+def running(folder: Path, *flags: str, config: str = "", env: dict[str, str] | None = None) -> Iterator[Serve]:
+    """A ready `baton serve` with these flags, YAML and variables, ended afterwards. Its log is in `folder`."""
     if config:
         (folder / "baton.yaml").write_text(config)
         flags = ("--config", str(folder / "baton.yaml"), *flags)
-    serve = Serve.start(folder / "serve.log", *flags, env={"BATON_CLUSTER_TOKEN": CLUSTER_TOKEN})
+    serve = Serve.start(folder / "serve.log", *flags, env={"BATON_CLUSTER_TOKEN": CLUSTER_TOKEN} | (env or {}))
     try:
         yield serve.wait_ready()
     finally:

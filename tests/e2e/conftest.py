@@ -39,14 +39,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     try:
         yield serve.wait_ready()
     finally:
-        serve.stop()
+        assert serve.stop() == 0
 
 
 @pytest.fixture(scope="session")
 def pair_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """One prefill and one decode worker that compute prompts in small chunks, behind an API key."""
-    flags = ("--api-key", KEY, "--max-batch-tokens", "64", "--kv-memory", "256MiB")
-    with running(tmp_path_factory.mktemp("pair"), *flags) as serve:
+    """One prefill and one decode worker that compute prompts in small chunks, behind an API key of the environment."""
+    flags = ("--max-batch-tokens", "64", "--kv-memory", "256MiB")
+    with running(tmp_path_factory.mktemp("pair"), *flags, env={"BATON_API_KEY": KEY}) as serve:
         yield serve
 
 

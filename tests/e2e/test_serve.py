@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from baton.deploy import models
-from tests.e2e.conftest import Start
+from tests.e2e.conftest import KEY, Start
 from tests.e2e.serving import Serve, eventually, gone
 
 QUESTION = {
@@ -102,18 +102,16 @@ def test_kill_9_leaves_no_process(start: Start, when: str) -> None:
     assert serve.wait() == -signal.SIGKILL
 
 
-def test_a_worker_that_dies_is_back_soon(start: Start) -> None:
-    serve = start().wait_ready()
-    old = serve.children()["decode-0"]
+def test_a_worker_that_dies_is_back_soon(demo: Serve) -> None:
+    old = demo.children()["decode-0"]
     old.kill()
-    eventually(lambda: gone(old) and "decode-0" in serve.children(), "a new decode-0", 30)
+    eventually(lambda: gone(old) and "decode-0" in demo.children(), "a new decode-0", 30)
 
     def ready() -> bool:
-        return httpx.get(f"{serve.url}/ready", timeout=10).status_code == 200
+        return httpx.get(f"{demo.url}/ready", timeout=10).status_code == 200
 
-    eventually(ready, f"ready again\n{serve.output}", 60)
-    assert ask(serve) == "The capital of France is Paris."
-    assert serve.stop() == 0
+    eventually(ready, f"ready again\n{demo.output}", 60)
+    assert ask(demo) == "The capital of France is Paris."
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason(
@@ -130,13 +128,13 @@ def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason(
     assert "Perceptron" in serve.output.splitlines()[-1]
 
 
-def test_keys_come_from_the_environment_and_are_not_shown(start: Start) -> None:
-    serve = start("--colocated", "1", env={"BATON_API_KEY": "topsecret"}).wait_ready()
-    assert httpx.post(f"{serve.url}/v1/chat/completions", json=QUESTION, timeout=60).status_code == 401
-    headers = {"Authorization": "Bearer topsecret"}
-    assert httpx.post(f"{serve.url}/v1/chat/completions", json=QUESTION, headers=headers, timeout=60).status_code == 200
-    assert "topsecret" not in serve.output
-    line = next(line for line in serve.output.splitlines() if line.startswith("curl "))
-    environment = os.environ | {"BATON_API_KEY": "topsecret"}
+def test_keys_come_from_the_environment_and_are_not_shown(pair_serve: Serve) -> None:
+    chat = f"{pair_serve.url}/v1/chat/completions"
+    assert httpx.post(chat, json=QUESTION, timeout=60).status_code == 401
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(chat, json=QUESTION, headers=headers, timeout=60).status_code == 200
+    assert KEY not in pair_serve.output
+    line = next(line for line in pair_serve.output.splitlines() if line.startswith("curl "))
+    environment = os.environ | {"BATON_API_KEY": KEY}
     done = subprocess.run(f"{line} -sS", shell=True, capture_output=True, text=True, timeout=60, env=environment)
     assert "Paris" in done.stdout, done

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tests.e2e.cluster import OUTPUT, Cluster
@@ -43,8 +45,8 @@ async def test_stop_strings_cut_across_tokens(pair: Cluster, judge: Judge, promp
     ends = [len(judge.decode(full.tokens[: i + 1])) for i in range(OUTPUT)]
     stops = {full.text[max(0, ends[i] - 2) : ends[i] + 2] for i in (5, 11, 23, 37)}
     asked = [(stop, stream) for stop in sorted(stops) for stream in (False, True)]
-    for stop, stream in asked:
-        answer = await pair.ask(prompt, stop=[stop, "that never comes"], stream=stream)
+    asking = (pair.ask(prompt, stop=[stop, "that never comes"], stream=stream) for stop, stream in asked)
+    for (stop, _), answer in zip(asked, await asyncio.gather(*asking), strict=True):
         assert answer.text == full.text[: full.text.index(stop)]
         assert answer.finish_reason == "stop"
         shown = tuple(answer.tokens)

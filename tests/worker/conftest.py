@@ -7,8 +7,15 @@ from collections.abc import AsyncIterator
 import pytest
 
 from baton.common.config import RouterConfig
+from baton.router import retry
 from baton.router.service import Router
 from tests.house import House
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who failed a request is asked again soon: what faults do is tried here, not how long a router is cautious."""
+    monkeypatch.setattr(retry, "EXCLUSION_S", 0.1)
 
 
 @pytest.fixture

@@ -1,0 +1,17 @@
+"""How several processes share the tests (`pytest -n 2`): each takes a file at a time, or a whole room."""
+
+from __future__ import annotations
+
+from xdist.scheduler import LoadScopeScheduling
+
+WHOLE = ("e2e", "ray")
+"""Rooms whose files share clusters, which one process starts."""
+
+
+class Shares(LoadScopeScheduling):
+    """What is given away at once: tests of the same scope."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        room = file.split("/")[1]
+        return room if room in WHOLE else file
