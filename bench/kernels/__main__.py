@@ -1,8 +1,9 @@
 """Each kernel against its roofline: `python -m baton.bench.kernels`, or `baton bench kernels`.
 
 First what the device can do at most, then each kernel on a Llama-3.1-8B's shapes: right, and how near it comes. With
-`--sweep`, attention in every configuration of the tables in `sweep.py` as well. Without a GPU only `--interpret` runs:
-the same code on tiny shapes in Triton's interpreter, which proves the code and measures nothing.
+`--sweep`, attention in every configuration of the tables in `sweep.py` as well. Two things run without a GPU:
+`--interpret`, the same code on tiny shapes in Triton's interpreter, which proves the code and measures nothing; and
+`--compile`, which says what each of those configurations would take of one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true", help="also every configuration of the attention kernels")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--out", type=Path, default=None, help="folder of the result file; default: bench/results")
+    parser.add_argument("--compile", action="store_true", help="only compile attention in every configuration; no GPU")
     options = parser.parse_args(arguments)
+    if options.compile:
+        return compile_all(options.out)
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -75,6 +79,20 @@ def main(arguments: list[str] | None = None) -> int:
     for text in wrong:
         print(f"WRONG: {text}", file=sys.stderr)
     return 1 if wrong or not rows else 0
+
+
+def compile_all(folder: Path | None) -> int:
+    """What attention takes of a Hopper multiprocessor in every configuration. 0 where all compiled."""
+    import triton
+
+    from .compiled import configurations
+
+    found: list[dict[str, Any]] = []
+    for compiled in configurations():
+        found.append(asdict(compiled))
+        print(compiled, flush=True)
+        write("kernels_compiled", "kernels_compiled", found, {"triton": triton.__version__}, folder)
+    return 0
 
 
 def right(measured: Measured, dtype: str) -> bool:

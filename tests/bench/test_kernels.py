@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,23 @@ def test_a_sweep_leaves_out_what_does_not_fit_a_multiprocessor() -> None:
     assert sweep.fits(SPLIT)
     assert not sweep.fits(Config(rows=32, values=16384, warps=4, stages=5, resident=1))
     assert SPLIT in sweep.SPLITS and PREFILL in sweep.PREFILLS
+
+
+ONE_EACH = """
+from baton.bench.kernels import compiled, sweep
+compiled.SPLITS, compiled.PREFILLS = (sweep.SPLITS[12],), (sweep.PREFILLS[0],)
+for found in compiled.configurations():
+    print(found.kernel, found.registers <= 255, found.spilled, found.shared, found.programs)
+"""
+
+
+def test_what_a_configuration_takes_is_known_without_a_device() -> None:
+    """Three tiles of 32 KiB on their way, or one of K and V beside what is computed with; the rest is small."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_EACH], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    split, prefill = (line.split() for line in done.stdout.splitlines())
+    assert split[:3] == ["split", "True", "0"] and 3 * 32768 < int(split[3]) < 4 * 32768 and int(split[4]) == 2
+    assert prefill[:3] == ["prefill", "True", "0"] and int(prefill[4]) == 1
