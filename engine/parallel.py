@@ -21,11 +21,16 @@ class ParallelOps:
     - The embedding: each rank looks up the tokens of its part of the vocabulary; the sum has them all.
     - output and down: partial products are summed over the ranks.
     - The head: rank 0 gathers all logits; on other ranks the result is of no use.
+
+    `deterministic`: a row's sum has the same bits in every batch.
     """
 
-    def __init__(self, base: Ops, group: RankGroup, shard: Shard, weights: Weights) -> None:
+    def __init__(
+        self, base: Ops, group: RankGroup, shard: Shard, weights: Weights, deterministic: bool = False
+    ) -> None:
         self._base = base
         self._group = group
+        self._sum = group.sum_in_order if deterministic else group.sum
         self._shard = shard
         self._head = weights.head
         self._summed = {id(matrix) for layer in weights.layers for matrix in (layer.output, layer.down)}
@@ -47,7 +52,7 @@ class ParallelOps:
         if id(packed) not in self._summed:
             return self._base.linear(x, packed, features, bias)
         once = bias if self._group.rank == 0 else None  # all ranks hold the same
-        return self._group.sum(self._base.linear(x, packed, features, once))
+        return self._sum(self._base.linear(x, packed, features, once))
 
     def _logits(self, x: torch.Tensor, features: int) -> torch.Tensor:
         part = self._base.linear(x, self._head, self._shard.vocabulary_rows)
