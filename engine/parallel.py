@@ -22,7 +22,8 @@ class ParallelOps:
     - output and down: partial products are summed over the ranks.
     - The head: rank 0 gathers all logits; on other ranks the result is of no use.
 
-    `deterministic`: a row's sum has the same bits in every batch.
+    `deterministic`: a row's sums have the same bits in every batch. They depend on the number of ranks, which therefore
+    is part of the name.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class ParallelOps:
         self._shard = shard
         self._head = weights.head
         self._summed = {id(matrix) for layer in weights.layers for matrix in (layer.output, layer.down)}
-        self.name = base.name
+        self.name = f"{base.name}-tp{group.size}" if deterministic else base.name
         self.pack, self.add_norm, self.silu_mul = base.pack, base.add_norm, base.silu_mul
         self.rotate_and_store, self.attention = base.rotate_and_store, base.attention
 

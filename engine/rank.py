@@ -106,7 +106,7 @@ def load_rank(
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
     if group is not None:
-        ops = ParallelOps(ops, group, part, weights)
+        ops = ParallelOps(ops, group, part, weights, config.deterministic)
     longest = config.max_model_len or whole.max_position_embeddings
     model = Model(part.config, weights, ops, rope_table(whole.rope, whole.head_dim, longest, device))
     few = KvPool(format, number, _FEW_BLOCKS, device_allocator(device))

@@ -149,7 +149,7 @@ def build_engine(
         format=rank.pool.format,
         model_config=rank.model_config,
         eos_ids=rank.model_config.eos_ids,
-        # The number of ranks is no part of it: workers with different ones hand over to each other.
+        # The number of ranks is no part of it unless bits count: workers with different ones hand over to each other.
         fingerprint=fingerprint({"weights": digest, "dtype": str(rank.dtype), "numerics": rank.operations}),
         vocab_size=rank.model_config.vocab_size,
         max_model_len=rank.longest,

@@ -16,8 +16,9 @@ from baton.common.config import EngineConfig, WorkerConfig
 from baton.common.errors import InvalidRequest, WorkerLost
 from baton.common.types import Role
 from baton.engine.follower import Followers
-from baton.engine.plan import Sampled, Slice, StepPlan
+from baton.engine.plan import Sampled, StepPlan
 from baton.engine.runner import Engine, build_engine
+from baton.engine.sequence import Sequence
 from baton.worker.rank import follow
 from baton.worker.ranks import RankConfig
 
@@ -63,6 +64,18 @@ def parallel(path: Path, tp: int, **settings: Any) -> Iterator[Engine]:
         assert not any(thread.is_alive() for thread in threads)
 
 
+def step(engine: Engine, *parts: tuple[Sequence, int]) -> list[Sampled | None]:
+    """Compute so many tokens of each sequence; what is sampled is appended."""
+    plan = StepPlan(99)
+    for owner, count in parts:
+        plan.add(owner, count)
+    results = engine.runner.launch(plan).results()
+    for (owner, count), result in zip(parts, results, strict=True):
+        owner.launched += count
+        owner.tokens += [result.token] if result else []
+    return results
+
+
 def talk(engine: Engine) -> list[Sampled | None]:
     """What is sampled in some steps that mix prefill chunks and decodes, with the best log-probabilities."""
     running = [sequence(tokens, 1 + 20 * i, i, logprobs=5) for i, tokens in enumerate(prompts(1, 16, 37, 70))]
@@ -71,13 +84,7 @@ def talk(engine: Engine) -> list[Sampled | None]:
     found: list[Sampled | None] = []
     while len(first.tokens) < 25:
         parts = steps.pop(0) if steps else [(each, each.missing) for each in running]
-        sampled = engine.runner.launch(
-            StepPlan(99, [Slice.of(each, each.launched, count) for each, count in parts])
-        ).results()
-        for (owner, count), result in zip(parts, sampled, strict=True):
-            owner.launched += count
-            owner.tokens += [result.token] if result else []
-        found += sampled
+        found += step(engine, *parts)
     return found
 
 
@@ -100,6 +107,20 @@ def test_ranks_together_compute_what_one_computes(tmp_path: Path, name: str) -> 
                 assert [token for token, _ in ours.logprob.top] == [token for token, _ in single.logprob.top]
                 probabilities = [value for _, value in single.logprob.top]
                 assert [value for _, value in ours.logprob.top] == pytest.approx(probabilities, abs=1e-3)
+
+
+def test_deterministic_ranks_compute_the_same_bits_in_every_batch(tmp_path: Path) -> None:
+    """Four add up: with two, any order is the same."""
+    path = make_checkpoint(tmp_path, "llama")
+    mine, other = prompts(30, 40)
+    alone, crowded = (sequence(mine, first, logprobs=5) for first in (1, 21))
+    crowd = sequence(other, 41)
+    with parallel(path, 4, deterministic=True) as engine:
+        assert engine.fingerprint != start(path, deterministic=True).fingerprint
+        expected = [step(engine, (alone, count))[0] for count in (30, 1, 1)]
+        found = [step(engine, (crowded, 30), (crowd, 20))[0]]
+        found += [step(engine, (crowd, count), (crowded, 1))[1] for count in (20, 1)]
+    assert found == expected
 
 
 def test_what_does_not_divide_is_refused_before_anybody_is_waited_for(tmp_path: Path) -> None:

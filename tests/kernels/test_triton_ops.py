@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from baton.engine.plan import Sampled, StepPlan
+from baton.engine.plan import Sampled
 from baton.engine.runner import Engine
 from baton.kernels import select
 from baton.kernels.converted import ConvertedKvOps
@@ -18,6 +18,7 @@ from baton.kernels.quantised import TYPES
 from baton.kernels.reference import TorchOps
 
 from ..engine.test_model import prompts, sequence, start
+from ..engine.test_parallel import step
 from ..engine.test_runner import kept
 from ..tiny import make_checkpoint
 from .hopper import DEVICE
@@ -26,7 +27,6 @@ pytest.importorskip("triton")
 from baton.kernels.triton_ops import TritonOps
 
 Start = Callable[..., Engine]
-Sequence = Any
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
 
@@ -37,7 +37,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Start:
 
     def build(path: Path, make: Callable[[torch.dtype], Ops], **settings: Any) -> Engine:
         monkeypatch.setattr("baton.engine.rank.select_ops", lambda device, dtype, kept, *shape: make(kept))
-        return start(path, device=DEVICE.type, max_batch_tokens=8, **({"dtype": "float32"} | settings))
+        here = {"device": DEVICE.type, "graphs": DEVICE.type == "cuda", "max_batch_tokens": 8, "dtype": "float32"}
+        return start(path, **(here | settings))
 
     return build
 
@@ -48,18 +49,6 @@ def plain(kept: torch.dtype) -> Ops:
 
 def deterministic(kept: torch.dtype) -> Ops:
     return TritonOps(kept, deterministic=True)
-
-
-def step(engine: Engine, *parts: tuple[Sequence, int]) -> list[Sampled | None]:
-    """Compute so many tokens of each sequence; what is sampled is appended where nothing is known to follow."""
-    plan = StepPlan(budget=1000)
-    for owner, count in parts:
-        plan.add(owner, count)
-    results = engine.runner.launch(plan).results()
-    for (owner, count), result in zip(parts, results, strict=True):
-        owner.launched += count
-        owner.tokens += [result.token] if result else []
-    return results
 
 
 def talk(engine: Engine) -> list[Sampled]:
