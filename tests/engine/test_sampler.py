@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from baton.common.errors import EngineFailure
 from baton.common.types import Request, SamplingParams, TokenLogprob
 from baton.engine.plan import Sampled, Slice
-from baton.engine.sampler import Sampler
+from baton.engine.sampler import Drawn, Sampler
 from baton.engine.sequence import Sequence
 from baton.kernels.sampling import uniform
 
@@ -175,3 +176,73 @@ def test_logprobs_are_of_the_untouched_distribution() -> None:
     assert [p for _, p in found.logprob.top] == pytest.approx(raw.topk(3).values.tolist(), abs=1e-5)
     assert plain.logprob == TokenLogprob(pytest.approx(float(raw.max()), abs=1e-5), ())
     assert none.logprob is None
+
+
+PENALTIES: dict[str, Any] = {"presence_penalty": 0.8, "frequency_penalty": 0.6, "repetition_penalty": 1.3}
+
+
+def test_a_pending_token_counts_before_anybody_knows_it() -> None:
+    """Each step is drawn while the results of the one before have not been looked at."""
+    rows = [logits(seed) / 4 for seed in range(12)]
+    params = [{"temperature": t, "seed": 3} | PENALTIES for t in (0.0, 1.0)]
+    known = [sequence(**knobs) for knobs in params]
+    for row in rows:
+        for owner, found in zip(known, sample(row, *known), strict=True):
+            owner.tokens.append(found.token)
+    assert known[0].tokens[2:] != [int(row.argmax()) for row in rows], "penalties change something here"
+
+    sampler, ahead = Sampler(frozenset({EOS}), VOCABULARY), [sequence(**knobs) for knobs in params]
+    drawn: list[Drawn] = []
+    for row in rows:
+        drawn.append(sampler.sample(row.expand(2, -1).clone(), slices(*ahead)))
+        for index, owner in enumerate(ahead):
+            if owner.pending:
+                owner.tokens.append(drawn[-2].results()[index].token)
+            owner.pending = 1
+    for owner, other, last in zip(ahead, known, drawn[-1].results(), strict=True):
+        assert [*owner.tokens, last.token] == other.tokens
+
+
+def test_a_draw_that_was_thrown_away_is_not_counted() -> None:
+    sampler, owner, row = Sampler(frozenset({EOS}), VOCABULARY), sequence(temperature=0.0, **PENALTIES), logits()
+    tokens = [sampler.sample(row[None].clone(), slices(owner)).results()[0].token for _ in range(3)]
+    assert tokens == [int(row.argmax())] * 3
+
+
+def test_who_joins_with_a_pending_token_that_was_drawn_elsewhere_is_refused() -> None:
+    owner = sequence(**PENALTIES)
+    owner.pending = 1
+    with pytest.raises(EngineFailure, match="pending"):
+        sample(logits(), owner)
+
+
+def test_rows_do_not_care_who_stands_beside_them() -> None:
+    """All kinds at once, and each alone."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"top_k": 4, "top_p": 0.9, "logprobs": 2},
+        {"min_p": 0.2, "logit_bias": ((3, 5.0), (3, 1.0), (40, -100.0))},
+        {"temperature": 0.0, "min_tokens": 9, "logprobs": 5},
+        {"temperature": 1.7, "stop_token_ids": (9,), "min_tokens": 2, "logit_bias": ((9, 50.0),)},
+        PENALTIES,
+        {"temperature": 0.0, "frequency_penalty": 2.0},
+    ]
+    owners = [sequence(output=(7, 7, 31), seed=n, **kind) for n, kind in enumerate(kinds)]
+    batch = torch.stack([logits(seed) for seed in range(len(owners))])
+    together = Sampler(frozenset({EOS}), VOCABULARY).sample(batch.clone(), slices(*owners)).results()
+    for row, owner, found in zip(batch, owners, together, strict=True):
+        alone = sample(row, owner)[0]
+        assert alone.token == found.token
+        assert (alone.logprob is None) == (found.logprob is None)
+        if alone.logprob is not None and found.logprob is not None:
+            assert [t for t, _ in alone.logprob.top] == [t for t, _ in found.logprob.top]
+            assert alone.logprob.logprob == pytest.approx(found.logprob.logprob, abs=1e-5)
+    assert together[4].token == 9, "the output is long enough for it to end"
+
+
+def test_a_graph_that_has_found_the_best_is_believed_where_all_are_greedy() -> None:
+    sampler, best = Sampler(frozenset({EOS}), VOCABULARY), torch.tensor([11, 12])
+    greedy = sampler.sample(logits().expand(2, -1), slices(*[sequence(temperature=0.0)] * 2), best)
+    assert greedy.tokens is best
+    mixed = sampler.sample(logits().expand(2, -1).clone(), slices(sequence(temperature=0.0), sequence(top_k=1)), best)
+    assert mixed.tokens.tolist() == [int(logits().argmax())] * 2
