@@ -37,7 +37,7 @@ _WORDS = tl.constexpr(8)
 _HALVES = tl.constexpr(16)
 
 _CUTS = tl.constexpr(16)
-TILE = 4096
+TILE = 2048
 """Tokens that a program reads at a time."""
 BLOCK = 512
 """Those that it holds against 16 cuts at a time."""
@@ -180,12 +180,12 @@ def _draw(
             cuts = (tl.arange(0, _CUTS).to(tl.int64) + 1) * ((_FAR + 1) // _CUTS) - 1
             below = _below(logits, size, cuts, by_count, top, temperature, False, BLOCK)
             target = tl.where(by_count, top_k.to(tl.int64), _share(top_p, tl.max(below, 0)))
-            low, high, least = _between(cuts, below, target, 0, _FAR, 0)
+            low, high, least, most = _between(cuts, below, target, 0, _FAR, 0, tl.max(below, 0))
             count = _gather(logits, near, spare, size, high, top, temperature, TILE)
-            last = _search(near, count, low, high, least, target, by_count, BLOCK)
+            last = _search(near, count, low, high, least, most, target, by_count, BLOCK)
             if by_count & (top_p < 1.0):
                 total = tl.sum(_sums(near, count, last, top, temperature, True, TILE, TILES), 0)
-                last = _search(near, count, 0, last, 0, _share(top_p, total), False, BLOCK)
+                last = _search(near, count, 0, last, 0, total, _share(top_p, total), False, BLOCK)
             bound = tl.minimum(bound, last)
             index = _pick(near, count, bound, bits, top, temperature, True, TILE, TILES)
             if index >= 0:
@@ -241,23 +241,24 @@ def _below(values, size, cuts, by_count, top, temperature, READY: tl.constexpr, 
 
 
 @triton.jit
-def _between(cuts, below, target, low, high, least):
-    """Between which cuts `target` is reached: first and last distance, and what lies below the first."""
+def _between(cuts, below, target, low, high, least, most):
+    """Between which cuts `target` is reached: first and last distance, and what lies below the first and the next."""
     reached = below >= target
     first = tl.max(tl.where(reached, low, cuts + 1), 0)
     last = tl.min(tl.where(reached, cuts, high), 0)
-    return first, last, tl.max(tl.where(reached, least, below), 0)
+    return first, last, tl.max(tl.where(reached, least, below), 0), tl.min(tl.where(reached, below, most), 0)
 
 
 @triton.jit
-def _search(near, count, low, high, least, target, by_count, BLOCK: tl.constexpr):
-    """The smallest distance within which `target` is reached, from what is known of it: it is in low … high, and what
-    lies below `low` is `least`."""
-    low, high, least = low + tl.zeros((), tl.int64), high + tl.zeros((), tl.int64), least + tl.zeros((), tl.int64)
-    while low < high:
+def _search(near, count, low, high, least, most, target, by_count, BLOCK: tl.constexpr):
+    """A distance that parts the tokens within which `target` is reached from the others. Known is that it is reached in
+    low … high, and that `least` lies below `low` and `most` within `high`: all is known where that leaves one token."""
+    low, high = low + tl.zeros((), tl.int64), high + tl.zeros((), tl.int64)
+    least, most = least + tl.zeros((), tl.int64), most + tl.zeros((), tl.int64)
+    while (low < high) & (most - least >= 2 * tl.where(by_count, 1, _weights(high))):
         cuts = low + ((high - low + 1) * (tl.arange(0, _CUTS) + 1) // _CUTS) - 1
         below = _below(near, count, cuts, by_count, 0.0, 1.0, True, BLOCK)
-        low, high, least = _between(cuts, below, target, low, high, least)
+        low, high, least, most = _between(cuts, below, target, low, high, least, most)
     return high
 
 

@@ -38,15 +38,17 @@ def both(
     logits: torch.Tensor, rows: Sequence[dict[str, Any]], added: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
 ) -> list[int]:  # fmt: skip
-    """The tokens of the reference, after a look at those of the kernels, and at what they leave of the counts."""
+    """The tokens of the reference, after a look at those of the kernels, and at what both leave behind."""
     added = pairs() if added is None else added
     counts = torch.zeros(SLOTS, logits.shape[1], dtype=torch.int16) if counts is None else counts
-    theirs = counts.clone().to(DEVICE)
+    its_logits, their_logits, their_counts = logits.clone(), logits.clone().to(DEVICE), counts.clone().to(DEVICE)
     spare = torch.empty(logits.shape, dtype=torch.int32, device=DEVICE)
-    made = kernels.launch(logits.clone().to(DEVICE), records(*rows).to(DEVICE), added.to(DEVICE), theirs, spare)
-    drawn = draw(logits.clone(), records(*rows), added, counts, spare.cpu())
+    made = kernels.launch(their_logits, records(*rows).to(DEVICE), added.to(DEVICE), their_counts, spare)
+    drawn = draw(its_logits, records(*rows), added, counts, spare.cpu())
     assert made.tolist() == drawn.tolist()
-    assert torch.equal(theirs.cpu(), counts)
+    assert torch.equal(their_counts.cpu(), counts)
+    greedy = [index for index, row in enumerate(rows) if row.get("temperature") == 0.0]
+    assert torch.equal(their_logits[greedy].nan_to_num().cpu(), its_logits[greedy].nan_to_num())
     return drawn.tolist()
 
 
@@ -72,16 +74,15 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("size", [1, 300, 5000])
-@pytest.mark.parametrize("temperature", [1e-5, 0.9])
+@pytest.mark.parametrize(("size", "temperature"), [(1, 0.9), (300, 1e-5), (5000, 0.9)])
 def test_kernels_draw_what_the_reference_draws(size: int, temperature: float) -> None:
     rows = [{"temperature": temperature, "seed": 2**64 - 1 - i, "position": i} | knob for i, knob in enumerate(FILTERS)]
     both(noise(len(rows), size), rows)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-8, 0.05, 1e30])
-def test_flat_and_steep_distributions(scale: float) -> None:
-    """All equal; nearer than a unit; most of the vocabulary in one sixteenth of the range; one far above the rest."""
+@pytest.mark.parametrize("scale", [0.0, 1e-8, 0.05])
+def test_flat_distributions(scale: float) -> None:
+    """All equal; nearer than a unit; all in one sixteenth of the range."""
     both(noise(len(FILTERS), 1000, scale), [{"seed": i} | knob for i, knob in enumerate(FILTERS)])
 
 
@@ -94,8 +95,8 @@ def test_all_but_one_are_held_back() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("odd", [-math.inf, math.inf, math.nan])
 def test_what_no_model_should_say_gives_a_token_of_the_vocabulary(odd: float) -> None:
-    logits = torch.full((len(FILTERS), 300), odd)
-    assert both(logits, FILTERS) == [0] * len(FILTERS)
+    few = FILTERS[1::4]
+    assert both(torch.full((len(few), 300), odd), few) == [0] * len(few)
 
 
 def test_of_equal_logits_the_first_is_taken() -> None:
@@ -106,10 +107,18 @@ def test_of_equal_logits_the_first_is_taken() -> None:
 
 
 def test_tokens_as_near_as_the_last_one_are_kept() -> None:
-    logits = torch.full((24, 64), -9.0)
+    logits = torch.full((14, 64), -9.0)
     logits[:, 10:13] = 1.0
-    drawn = both(logits, [{"seed": i} | ({"top_k": 2} if i < 12 else {"top_p": 0.4}) for i in range(24)])
-    assert set(drawn[:12]) == set(drawn[12:]) == {10, 11, 12}
+    drawn = both(logits, [{"seed": i} | ({"top_k": 2} if i < 7 else {"top_p": 0.4}) for i in range(14)])
+    assert set(drawn[:7]) == set(drawn[7:]) == {10, 11, 12}
+
+
+def test_all_that_are_as_near_count_for_top_p_also_where_they_are_very_many() -> None:
+    """The first token has half of the weight, and more than that if one forgets some of the others."""
+    logits = torch.full((6, 320), -math.log(300))
+    logits[:, 5], logits[:, 301:] = 0.0, -9.0
+    drawn = both(logits, [{"seed": i, "top_k": 2, "top_p": 0.52} for i in range(6)])
+    assert set(drawn) > {5}
 
 
 def test_draws_equal_plain_python() -> None:
@@ -167,7 +176,7 @@ TILES = {"TILE": kernels.TILE}
     [
         ("_edit", TILES, 2, kernels.WARPS),  # of logits it reads only those of tokens that have been said
         ("_survey", TILES, 4, kernels.SURVEY_WARPS),
-        ("_draw", TILES | {"TILES": 32, "BLOCK": kernels.BLOCK}, 4, kernels.WARPS),
+        ("_draw", TILES | {"TILES": 64, "BLOCK": kernels.BLOCK}, 4, kernels.WARPS),
     ],
 )
 def test_on_hopper_nothing_spills_and_rows_are_read_sixteen_bytes_at_a_time(
