@@ -4,13 +4,13 @@ as late as can be, while requests end in every way, the pool is too small for th
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from baton.common.clock import ManualClock
+from baton.common.clock import ManualClock, RealClock
 from baton.common.config import HandoverConfig
 from baton.common.errors import EngineBroken, EngineFailure
 from baton.common.hashing import BlockHasher
@@ -22,9 +22,23 @@ from baton.engine.mailbox import FromRouter, Inbox, Mail, Outbox, Recast, Router
 from baton.engine.plan import Launched, OnLayer, Sampled, StepPlan
 from baton.engine.role import Context, Limits
 from baton.kvtransfer.inlet import RankInlet
+from baton.worker.assembly import Worker
 from baton.worker.cast import Cast
 from tests.poison import Poison
-from tests.toy import BLOCK_SIZE, EOS, LAYERS, VOCAB, LateRunner, ToyPool, ToyRunner, endpoint, oracle, request
+from tests.toy import (
+    BLOCK_SIZE,
+    EOS,
+    LAYERS,
+    VOCAB,
+    LateRunner,
+    ToyEngine,
+    ToyPool,
+    ToyRunner,
+    endpoint,
+    oracle,
+    request,
+    worker_config,
+)
 
 LONGEST = 60
 NO_OUTLET: Any = Mock(failed=Mock(return_value=()))
@@ -271,3 +285,27 @@ def test_a_worker_does_not_turn_while_a_step_is_under_way() -> None:
     assert bench.pinned > 0 and held == []
     bench.rest()
     assert held == [0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "late", "two"),
+    [("auto", True, True), ("auto", False, False), ("off", True, False), ("on", False, True)],
+)
+async def test_how_many_steps_a_worker_has_under_way(setting: str, late: bool, two: bool) -> None:
+    config = worker_config("w", Role.COLOCATED)
+    config = replace(config, engine=replace(config.engine, overlap=setting))
+    worker, most = Worker(config, ToyEngine(late=late), RealClock()), 0
+    worker.inbox.post(RouterJoined("router"))
+    worker.inbox.post(FromRouter("router", Submit(1, 1, request("1", [1, 2, 3], 9))))
+    collect = worker.loop._collect
+
+    def collected() -> None:
+        nonlocal most
+        most = max(most, len(worker.loop._running))
+        collect()
+
+    worker.loop._collect = collected  # type: ignore[method-assign]
+    while worker.loop.step():
+        pass
+    await worker.stop()
+    assert most == 1 + two
