@@ -2,10 +2,10 @@
 
 A round either waits for the step that it has launched, or for the one before it, while the device computes:
 
-    plain        device                   ────── n ──────                             ───── n+1 ─────
-                 host     plan, launch n │ wait           │ tell n · plan, launch n+1 │ wait          │ tell n+1
-    overlapped   device   ───────────────── n ─────────────────│──────────────── n+1 ────────────────│── n+2
-                 host     tell n-1 · plan, launch n+1 · wait   │ tell n · plan, launch n+2 · wait    │ tell n+1
+    plain        device                   ─── n ────                             ── n+1 ───
+                 host     plan, launch n │ wait     │ tell n · plan, launch n+1 │ wait     │ tell n+1
+    overlapped   device   ──────────────── n ────────────────│────────────── n+1 ───────────────│── n+2
+                 host     tell n-1 · plan, launch n+1 · wait │ tell n · plan, launch n+2 · wait │ tell n+1
 
 So an overlapped step is planned when nobody knows yet what the step before it draws (`Sequence.pending`): a sequence
 that ends by its length is not planned past it, one that ends by a stop token has a row too many in the step that
