@@ -51,7 +51,8 @@ def judge(checkpoint: Path) -> Judge:
 async def running(name: str, role: Role, model: Path, transport: str) -> AsyncIterator[Worker]:
     """A worker with the real engine and poison in its pool, its loop on a thread."""
     block = 3 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, tokens, elements, bytes
-    engine = EngineConfig(model=str(model), kv_memory=BLOCKS * block, threads=1, max_batch_tokens=32)
+    overlap = "on" if transport == "tcp" else "off"
+    engine = EngineConfig(model=str(model), kv_memory=BLOCKS * block, threads=1, max_batch_tokens=32, overlap=overlap)
     handover = HandoverConfig(headroom_tokens=0, transport=transport)
     config = WorkerConfig(name=name, role=role, engine=engine, cluster_token="secret", handover=handover)
     compute = build(config, lambda _: None)
