@@ -7,17 +7,30 @@ step and the lines to routers are the real ones; only the forward pass is not th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
 
-from ...engine.batch import Batch
-from ...engine.plan import OnLayer, Sampled, Slice, StepPlan
-from ...engine.sequence import Sequence as Owner
+import torch
 
-BLOCK_SIZE = 16
-DRAWN = Sampled(7)
+from ...common.kv_format import KvFormat
+from ...engine.batch import Batch, Inputs
+from ...engine.graphs import Graphs, ladder
+from ...engine.plan import Launched, OnLayer, Sampled, StepPlan
+from ...engine.rank import Rank
+from ...engine.runner import TorchRunner
+from ...engine.sampler import Sampler
+from ...kernels import sampling
+
+FORMAT = KvFormat(num_layers=1, num_kv_heads=1, head_dim=1, block_size=16, dtype="int8")
+"""As little KV as there can be."""
+VOCAB, EOS = 8, 2
+"""As few logits; all are alike, so that every row draws the first token."""
+LONGEST = 8192
+MAX_BATCH_TOKENS = 8192
 PREFILL_STEP_S = 2e-3
 """A step with prompts in it. Only steps without them are measured."""
 
@@ -106,48 +119,85 @@ class _Clocks:
     process: float = field(default_factory=time.process_time)
 
 
+class StandinRank:
+    """What runner and graphs ask of an `engine.rank.Rank`, with no model in it: every row's logits are alike."""
+
+    operations, dtype, device = "standin", torch.float32, torch.device("cpu")
+    model_config = SimpleNamespace(eos_ids=frozenset({EOS}), num_layers=1, vocab_size=VOCAB)
+    pool = SimpleNamespace(format=FORMAT)
+    longest = LONGEST
+
+    def compute(self, inputs: Inputs, *_: object, into: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.zeros(len(inputs.wanted), VOCAB) if into is None else into
+
+    def forward(self, batch: Batch, *_: object) -> torch.Tensor:
+        return self.compute(batch.on(self.device))
+
+
+def _recorded(work: Callable[[], None]) -> Callable[[], None]:
+    """A graph of nothing. Implements `engine.graphs.Capture`."""
+    return lambda: None
+
+
+def _draws_nothing(logits: torch.Tensor, *_: object) -> torch.Tensor:
+    """In place of `kernels.sampling.draw`."""
+    return torch.zeros(len(logits), dtype=torch.int64)
+
+
+@contextmanager
+def no_kernels(watch: Watch) -> Iterator[None]:
+    """Meanwhile nobody samples, and what the runner does in Python is counted as parts of a step."""
+    with (
+        patch.object(sampling, "draw", _draws_nothing),
+        patch.object(Batch, "of", watch.around("batch", Batch.of)),
+        patch.object(Sampler, "sample", watch.around("sampling", Sampler.sample)),
+    ):
+        yield
+
+
+def _runner(batch: int) -> TorchRunner:
+    """The real runner with its graphs, over no model."""
+    rank, drawn = cast(Rank, StandinRank()), torch.zeros(MAX_BATCH_TOKENS, dtype=torch.int64)
+    graphs = Graphs(rank, ladder(batch), drawn, _recorded, lambda _: None)
+    return TorchRunner(rank, drawn, None, graphs)
+
+
 @dataclass(frozen=True, slots=True)
 class StandinStep:
-    """Implements `engine.plan.Launched`."""
+    """Implements `engine.plan.Launched`: `step` is through on the device at `end`."""
 
-    slices: Sequence[Slice]
+    step: Launched
     end: float
     watch: Watch
 
     def results(self) -> list[Sampled | None]:
         with self.watch.part("device"):
             time.sleep(max(0.0, self.end - time.perf_counter()))
-        return [DRAWN if part.samples else None for part in self.slices]
+        return self.step.results()
 
 
-class StandinRunner:
-    """Implements `engine.plan.Runner`. Steps that decode `batch` requests take `step_s` on the device; after `skip` of
-    them, `steps` are measured, and `on_done` is called with their `Window`, on the loop's thread."""
+class StandinDevice:
+    """Implements `engine.plan.Runner` over one that has nothing to compute. Steps that decode `batch` requests take
+    `step_s` on the device; after `skip` of them, `steps` are measured, and `on_done` is called with their `Window`, on
+    the loop's thread."""
 
     def __init__(self, batch: int, step_s: float, skip: int, steps: int, on_done: Callable[[Window], None]) -> None:
         self.watch = Watch()
+        self._runner = _runner(batch)
         self._stream = Stream()
         self._batch, self._step_s = batch, step_s
         self._skip, self._steps, self._on_done = skip, steps, on_done
         self._seen = 0
         self._begin = _Clocks()
-        self._rows: dict[Owner, int] = {}
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StandinStep:
         """See `engine.plan.Runner.launch`."""
-        slices = plan.slices
-        steady = len(slices) == plan.tokens == self._batch
+        steady = len(plan.slices) == plan.tokens == self._batch
         if steady:
             self._count()
-        with self.watch.part("batch"):
-            order = sorted(range(len(slices)), key=lambda i: slices[i].count != 1)
-            Batch.of([slices[i] for i in order], BLOCK_SIZE, self._rows)
-            self._rows = {slices[i].sequence: row for row, i in enumerate(i for i in order if slices[i].samples)}
-        with self.watch.part("launch"):
-            end = self._stream.launch(self._step_s if steady else PREFILL_STEP_S)
-        if on_layer is not None:
-            on_layer(0)
-        return StandinStep(slices, end, self.watch)
+        step = self._runner.launch(plan, on_layer)
+        end = self._stream.launch(self._step_s if steady else PREFILL_STEP_S)
+        return StandinStep(step, end, self.watch)
 
     def _count(self) -> None:
         self.watch.turn()

@@ -39,16 +39,27 @@ def test_each_moment_counts_for_the_innermost_part(clock: list[float]) -> None:
     assert watch.spent == {"rest": 1.0 + 2.0, "outer": 2.0 + 0.5, "inner": 4.0}
 
 
-@pytest.mark.parametrize("serve", [False, True])
-async def test_a_worker_is_measured(serve: bool) -> None:
-    found = await host.measure(batch=3, step_s=1e-3, steps=20, serve=serve)
+@pytest.mark.parametrize(("overlap", "serve"), [(False, False), (True, True)])
+async def test_a_worker_is_measured(overlap: bool, serve: bool) -> None:
+    found = await host.measure(batch=3, step_s=1e-3, steps=20, overlap=overlap, serve=serve)
     window = found.window
     assert window.steps == 20 and window.busy_s == pytest.approx(20e-3)
     assert sum(window.parts.values()) == pytest.approx(window.seconds, rel=1e-2)
     assert set(host.PARTS) <= set(window.parts)
+    assert (found.served is not None) == serve
     if found.served is not None:
         assert found.served["tokens"] >= 3 * 20
-    assert (found.served is not None) == serve
     (line,) = host.document([found])
     assert line["python_s"] == pytest.approx((window.seconds - window.parts["device"]) / 20)
     assert host.table([found]).row_count == 1
+
+
+def test_the_bars_are_those_of_the_largest_batch_and_of_the_overlapped_loop() -> None:
+    def measured(batch: int, overlap: bool, python_s: float, idle_s: float) -> host.Measured:
+        parts = {"rest": python_s, "device": 1.0}
+        window = device.Window(1, 1.0 + python_s, 1.0 - idle_s, idle_s, 0.0, 0.0, parts)
+        return host.Measured(batch, 1.0, overlap, window, None)
+
+    found = [measured(256, True, 1e-3, 0.0), measured(256, False, 2e-3, 0.5), measured(64, True, 2e-3, 0.05)]
+    assert list(host.bars(found).values()) == [True, True, False, False]
+    assert host.bars([measured(1, True, 1.0, 1.0)]) == {}
