@@ -39,6 +39,9 @@ STEP_S = {1: 5e-3, 64: 8e-3, 256: 16e-3}
 """By batch size, a decode step of an 8B model in bf16 on one H100 at 1k tokens of context, about."""
 PROMPT = 1024
 OUTPUT = 3000
+VOCAB = 128_256
+REQUEST = (PROMPT, OUTPUT, VOCAB, 0.8)
+"""The arguments of `streams.request`: every token is sampled."""
 NUM_BLOCKS = 48_000
 SKIP = 50
 """Steps that are not measured, from the first one of full size on: the way to and from the router fills."""
@@ -57,7 +60,7 @@ class StandinEngine:
         self.shared = self.groups = self.followers = None
         self.eos_ids = frozenset({EOS})
         self.fingerprint = "standin"
-        self.vocab_size = 128_256
+        self.vocab_size = VOCAB
         self.max_model_len = LONGEST
         self.num_blocks = NUM_BLOCKS
         self.overlaps = False
@@ -94,7 +97,8 @@ async def measure(batch: int, step_s: float, steps: int, overlap: bool, serve: b
     stop = threading.Event()
     working = asyncio.create_task(asyncio.to_thread(_work, worker, runner.watch, stop))
     try:
-        async with _asking(worker, batch) if serve else _posted(worker, batch) as served:
+        asked = asking(worker, batch, *REQUEST) if serve else _posted(worker, batch)
+        async with asked as served:
             ends: set[asyncio.Future[Any]] = {done, working}
             await asyncio.wait(ends, timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
@@ -134,13 +138,15 @@ async def _posted(worker: Worker, batch: int) -> AsyncIterator[Served]:
 
     worker.inbox.post(RouterJoined("nobody"))
     for number in range(batch):
-        worker.inbox.post(FromRouter("nobody", Submit(number, 1, request(number, PROMPT, OUTPUT))))
+        worker.inbox.post(FromRouter("nobody", Submit(number, 1, request(number, *REQUEST))))
     yield nothing
 
 
 @asynccontextmanager
-async def _asking(worker: Worker, batch: int) -> AsyncIterator[Served]:
-    """The router's process."""
+async def asking(
+    worker: Worker, streams: int, prompt: int, output: int, vocab: int, temperature: float = 0.0
+) -> AsyncIterator[Served]:
+    """The router's process, which knows the cluster as `TOKEN`."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "baton.bench.engine.streams"),
         stdin=asyncio.subprocess.PIPE,
@@ -148,8 +154,8 @@ async def _asking(worker: Worker, batch: int) -> AsyncIterator[Served]:
     )
     assert child.stdin is not None and child.stdout is not None
     setup = {
-        "address": worker.ref.address, "epoch": worker.ref.epoch, "token": TOKEN, "streams": batch, "prompt": PROMPT,
-        "output": OUTPUT,
+        "name": worker.ref.name, "address": worker.ref.address, "epoch": worker.ref.epoch, "token": TOKEN,
+        "streams": streams, "prompt": prompt, "output": output, "vocab": vocab, "temperature": temperature,
     }  # fmt: skip
     child.stdin.write(msgspec.json.encode(setup) + b"\n")
 
@@ -161,6 +167,7 @@ async def _asking(worker: Worker, batch: int) -> AsyncIterator[Served]:
 
     try:
         yield served
+        child.stdin.close()
         async with asyncio.timeout(TIMEOUT_S):
             await child.wait()
     finally:

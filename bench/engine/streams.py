@@ -1,8 +1,8 @@
 """A router in a process of its own, which one worker streams all its tokens to: `python -m baton.bench.engine.streams`.
 
-It reads what to do as one JSON line from standard input: the worker's address, epoch and token, how many streams, how
-long prompts and answers are. When standard input ends, it says in one JSON line how many tokens came in how many
-seconds, and the time between two tokens of a stream.
+It reads what to do as one JSON line from standard input: the worker's name, address, epoch and token, how many streams,
+how long prompts and answers are, the size of the vocabulary, the temperature. When standard input ends, it says in one
+JSON line how many tokens came in how many seconds, and the time between two tokens of a stream.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ..quantiles import Quantiles
 LOOKS, LOOK_S = 1000, 0.02
 
 
-def request(number: int, prompt: int, max_tokens: int) -> Request:
-    """A prompt that shares no block with another's, and an answer of that length, all of whose tokens are sampled."""
-    tokens = tuple(1 + (number * 7919 + i * 104_729) % 100_000 for i in range(prompt))
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.8, top_p=0.95, seed=number, ignore_eos=True)
+def request(number: int, prompt: int, max_tokens: int, vocab: int, temperature: float) -> Request:
+    """A prompt that shares no block with another's, and an answer of `max_tokens` tokens."""
+    tokens = tuple(1 + (number * 7919 + i * 104_729) % (vocab - 1) for i in range(prompt))
+    params = SamplingParams(max_tokens, temperature, top_p=0.95, seed=number, ignore_eos=True)
     return Request(f"stream-{number}", tokens, prompt, params, deadline_s=600.0)
 
 
-async def _members(address: str, epoch: int) -> AsyncGenerator[Members, None]:
-    worker = WorkerStatus("standin", "colocated", WorkerState.READY, address=address, epoch=epoch)
+async def _members(name: str, address: str, epoch: int) -> AsyncGenerator[Members, None]:
+    worker = WorkerStatus(name, "colocated", WorkerState.READY, address=address, epoch=epoch)
     yield Members(1, (worker,))
 
 
@@ -64,14 +64,12 @@ async def main() -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     setup: dict[str, Any] = msgspec.json.decode(await lines.readline())
     router = Router("bench", RouterConfig(max_requests=4096), setup["token"])
-    await router.start(_members(setup["address"], setup["epoch"]))
+    await router.start(_members(setup["name"], setup["address"], setup["epoch"]))
     await _ready(router)
     gaps: list[float] = []
     begin = time.perf_counter()
-    takers = [
-        asyncio.create_task(_take(router.submit(request(i, setup["prompt"], setup["output"])), gaps))
-        for i in range(setup["streams"])
-    ]
+    what = [setup[name] for name in ("prompt", "output", "vocab", "temperature")]
+    takers = [asyncio.create_task(_take(router.submit(request(i, *what)), gaps)) for i in range(setup["streams"])]
     await lines.readline()
     for taker in takers:
         taker.cancel()
