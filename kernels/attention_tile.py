@@ -35,24 +35,27 @@ def products(query, PAIRS, WIDE):
     return tl.bfloat16 if PAIRS else query.dtype.element_ty
 
 
-_FROM_INT8 = tl.constexpr("""{ .reg .b32 a, b, c;
-    and.b32 a, $2, 0x007f007f;  or.b32 a, a, 0x43004300;
-    and.b32 b, $2, 0x00800080;  or.b32 b, b, 0x43004300;
+_FROM_INT8 = tl.constexpr("""{ .reg .b32 a, b, high, base;
+    mov.b32 base, 0x43004300;
+    shr.u32 high, $2, 8;
+    lop3.b32 a, $2, 0x007f007f, base, 0xea;
+    lop3.b32 b, $2, 0x00800080, base, 0xea;
     sub.rn.bf16x2 $0, a, b;
-    shr.u32 c, $2, 8;
-    and.b32 a, c, 0x007f007f;  or.b32 a, a, 0x43004300;
-    and.b32 b, c, 0x00800080;  or.b32 b, b, 0x43004300;
+    lop3.b32 a, high, 0x007f007f, base, 0xea;
+    lop3.b32 b, high, 0x00800080, base, 0xea;
     sub.rn.bf16x2 $1, a, b; }""")
-_FROM_FLOAT8 = tl.constexpr("""{ .reg .b32 a, b, c;
-    mov.b32 c, 0x7b807b80;
-    shl.b32 a, $2, 8;  and.b32 a, a, 0x80008000;
-    shl.b32 b, $2, 4;  and.b32 b, b, 0x07f007f0;
-    or.b32 a, a, b;
-    mul.rn.bf16x2 $0, a, c;
-    and.b32 a, $2, 0x80008000;
-    shr.u32 b, $2, 4;  and.b32 b, b, 0x07f007f0;
-    or.b32 a, a, b;
-    mul.rn.bf16x2 $1, a, c; }""")
+_FROM_FLOAT8 = tl.constexpr("""{ .reg .b32 a, b, factor;
+    mov.b32 factor, 0x7b807b80;
+    shl.b32 a, $2, 8;
+    shl.b32 b, $2, 4;
+    and.b32 b, b, 0x07f007f0;
+    lop3.b32 a, a, 0x80008000, b, 0xea;
+    mul.rn.bf16x2 $0, a, factor;
+    shr.u32 b, $2, 4;
+    and.b32 b, b, 0x07f007f0;
+    lop3.b32 a, $2, 0x80008000, b, 0xea;
+    mul.rn.bf16x2 $1, a, factor; }""")
+"""lop3 with table 0xea: (first & second) | third."""
 
 
 @triton.jit
@@ -106,8 +109,9 @@ def attend(
         even, odd = _unpair(key, PAIRS, DOT)
         score = tl.dot(query, tl.trans(even), input_precision=_PRECISION)
         score = tl.dot(odd_query, tl.trans(odd), score, input_precision=_PRECISION)
-        scale_at = block * scale_block + token % BLOCK
-        score *= tl.load(scales + scale_at, mask=there, other=0.0)[None, :]
+        scale_at = (block * scale_block + token % BLOCK)[:, None] + tl.arange(0, 2)[None, :] * scale_value
+        key_scale, value_scale = tl.split(tl.load(scales + scale_at, mask=there[:, None], other=0.0))
+        score *= key_scale[None, :]
     else:
         score = tl.dot(query, tl.trans(key.to(DOT)), input_precision=_PRECISION)
     if MASKED:
@@ -127,7 +131,7 @@ def attend(
     value = tl.load(elements + element_value + at, mask=there[:, None], other=0)
     result *= shrink[:, None]
     if PAIRS:
-        probability *= tl.load(scales + scale_value + scale_at, mask=there, other=0.0)[None, :]
+        probability *= value_scale[None, :]
         even, odd = _unpair(value, PAIRS, DOT)
         result = tl.dot(probability.to(DOT), even, result, input_precision=_PRECISION)
         odd_result = tl.dot(probability.to(DOT), odd, odd_result * shrink[:, None], input_precision=_PRECISION)
