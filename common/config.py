@@ -42,7 +42,7 @@ class EngineConfig:
     max_batch_tokens: int = 512
     """Tokens that one step computes at most: the prefill chunk."""
     max_running: int = 256
-    """Sequences that decode together at most."""
+    """Sequences that decode together at most, or whose prompts are computed together."""
     overlap: str = "auto"
     """Whether a step is planned and launched while another computes (`engine/loop.py`): on, off, or auto, which is on
     where the device is not the processor, and a worker has one rank."""

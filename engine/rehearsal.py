@@ -18,14 +18,16 @@ _NOTHING = SamplingParams(max_tokens=2, temperature=0.0)
 
 
 def rehearsals(config: EngineConfig, longest: int, num_blocks: int) -> list[StepPlan]:
-    """A prefill chunk, a decode, and a step with all that a request may ask for when it samples."""
+    """A prefill chunk, a decode, and a step of both with all that a request may ask for when it samples."""
     count = max(1, min(config.max_batch_tokens, longest - 1))
     first = _sequence(0, count + 1, config, num_blocks, _NOTHING)
     second = _sequence(1, 2, config, num_blocks, _EVERYTHING)
+    decode = Slice(first, count, 1, True)
+    beside = [decode] if config.max_batch_tokens >= 3 else []
     return [
         StepPlan(0, [Slice(first, 0, count, False)]),
-        StepPlan(0, [Slice(first, count, 1, True)]),
-        StepPlan(0, [Slice(second, 0, 2, True)]),
+        StepPlan(0, [decode]),
+        StepPlan(0, [*beside, Slice(second, 0, 2, True)]),
     ]
 
 

@@ -23,13 +23,15 @@ def turn(sequence: Sequence) -> tuple[int, float]:
 
 
 class ChunkedPrefill:
-    """`on_start` is told when a sequence is admitted. `local`: the batch that computed sequences join, if that is on
-    this worker; no more are started than find a place there."""
+    """`on_start` is told when a sequence is admitted. At most `most` are in work at a time, since the memory of a step
+    grows with those that sample in it. `local`: the batch that computed sequences join, if that is on this worker; no
+    more are started than find a place there."""
 
     def __init__(
-        self, table: BlockTable, on_start: Callable[[Sequence], None], local: LocalBatch | None = None
+        self, table: BlockTable, on_start: Callable[[Sequence], None], most: int, local: LocalBatch | None = None
     ) -> None:
         self._table = table
+        self._most = most
         self._local = local
         self._on_start = on_start
         self.ready: list[Sequence] = []
@@ -67,8 +69,10 @@ class ChunkedPrefill:
                 plan.add(sequence, min(sequence.missing, plan.budget))
 
     def _start(self, sequence: Sequence) -> bool:
-        """Admit a sequence, or pass it over because another computes what it needs. False: the pool is full, and
-        whoever comes behind must not overtake it."""
+        """Admit a sequence, or pass it over because another computes what it needs. False: the pool is full, or as
+        many are in work as may be, and whoever comes behind must not overtake it."""
+        if len(self.computing) >= self._most:
+            return False
         chain, last = self._table.chain(sequence), len(sequence.tokens) - 1
         prefix = len(self._table.cached_prefix(sequence, last))
         if prefix < last // self._table.block_size and chain[prefix] in self._in_work:

@@ -61,7 +61,7 @@ class PrefillRole:
         self._context = context
         self._outlet = outlet
         self._local = local
-        self._planner = ChunkedPrefill(context.table, self._begin, local)
+        self._planner = ChunkedPrefill(context.table, self._begin, context.limits.max_running, local)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._opening: list[tuple[Sequence, WorkerRef]] = []
         self._sender: Sender[Sequence] = Sender(

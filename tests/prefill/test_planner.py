@@ -23,9 +23,9 @@ class Batch:
         raise AssertionError("the planner does not join")
 
 
-def made(blocks: int = 64, local: Batch | None = None) -> tuple[ChunkedPrefill, BlockTable, list[Sequence]]:
+def made(blocks: int = 64, local: Batch | None = None, most: int = 64) -> tuple[ChunkedPrefill, BlockTable, list[Sequence]]:
     table, started = BlockTable(blocks, BlockHasher(SIZE)), []
-    return ChunkedPrefill(table, started.append, local), table, started
+    return ChunkedPrefill(table, started.append, most, local), table, started
 
 
 def sequence(ticket: int, tokens: list[int], priority: int = 0) -> Sequence:
@@ -130,3 +130,11 @@ def test_chunks_follow_each_other_before_the_first_has_ended() -> None:
         planned += [(part.start, part.count, part.samples) for part in plan.slices]
         table.launch(plan.slices)
     assert planned == [(0, 8, False), (8, 8, False), (16, 4, True)]
+
+
+def test_no_more_are_in_work_than_may_sample_in_a_step() -> None:
+    planner, table, _ = made(most=2)
+    for ticket in range(3):
+        planner.add(sequence(ticket, list(range(100 * ticket, 100 * ticket + 8))))
+    assert step(planner, table, 100) == [(0, 0, 8), (1, 0, 8)]
+    assert step(planner, table, 100) == [(2, 0, 8)]
