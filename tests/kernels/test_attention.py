@@ -157,6 +157,18 @@ def test_drafts(bits: list[int] | None, programs: int, window: int) -> None:
     torch.testing.assert_close(found, verify(query, heads, rows, kv, trees), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("programs", [2, 30])
+def test_many_sequences_and_many_pieces(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sequences than a program looks at at once, and more pieces of one than are merged at once."""
+    monkeypatch.setattr(attention, "_CHUNK", 2)
+    heads, rows = Heads(2, 1, 16), batch([(200, 1), (3, 1), (17, 1), (0, 0), (20, 1)])
+    kv, query = pool(rows, heads), random(5, 2, 16, seed=1)
+    kv[rows.tables[40], 0] *= 8  # pieces of very different weight
+    expected = verify(query[:, None], heads, rows, kv)[:, 0]
+    found = attention.decode(query, heads, rows, kv, torch.float32, config=SMALL, programs=programs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_draft_of_64_tokens() -> None:
     """The last one's bit is the sign."""
     heads, rows = Heads(1, 1, 16), batch([(70, 64)])
