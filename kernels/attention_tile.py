@@ -97,10 +97,10 @@ def attend(
     `elements` and `scales` point to the KV head's part of block 0, `block` says which blocks the tile's tokens are in.
     Row r stands at `place[r]` and sees what is not after it and, with a window, not too far before. With a tree it sees
     of the tokens from `root` on those whose bit is set. Nothing before `oldest` or from `length` on is read: it may be
-    another sequence's, or not finite.
+    another sequence's, or not finite. A tile that is not MASKED lies between these, and every row sees all of it.
     """
     token = tile * TOKENS + tl.arange(0, TOKENS)
-    there = (token >= oldest) & (token < length)
+    there = (token >= oldest) & (token < length) if MASKED else tl.full((TOKENS,), True, tl.int1)
     block = block.to(tl.int64)
     WIDTH: tl.constexpr = DIM // 2 if PAIRS else DIM
     at = (block * element_block + token % BLOCK * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
