@@ -1,9 +1,7 @@
 """Triton kernels for `attention.py`: flash attention over a paged KV pool, for prompts and for running requests.
 
-Both walk the tiles of keys that a tile of queries sees, one `attention_tile.attend` after the other. The query heads
-that share a KV head lie one behind the other in the rows of a tile (GQA packing), so that each key is read once for all
-of them. While a tile is computed with, the pipeline copies later ones; where those lie, it knows from blocks that were
-read one tile before, so that no copy waits for the block table.
+Both walk the tiles of keys that a tile of queries sees (`attention_tile.walk`). The query heads that share a KV head
+lie one behind the other in the rows of a tile (GQA packing), so that each key is read once for all of them.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -14,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tile import LOWEST, attend, blocks, products
+from .attention_tile import LOWEST, blocks, products, walk
 
 # --- how the tiles of a ragged batch fall to programs: plain arithmetic, which the tests run as Python ---
 
@@ -104,31 +102,22 @@ def prefill(
     odd_result = result if PAIRS else 0
     block = blocks(table, first, oldest, stop, BLOCK, TOKENS)
     if UNIFORM or WINDOW:
-        for tile in tl.range(first, clean, num_stages=STAGES):
-            following = blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
-            top, sum, result, odd_result = attend(
-                queries, odd_queries, top, sum, result, odd_result, tile, block, stop, oldest, place, 0, 0,
-                element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
-                BLOCK, DIM, TOKENS, WINDOW, False, True, PAIRS, DOT,
-            )  # fmt: skip
-            block = following
+        top, sum, result, odd_result, block = walk(
+            queries, odd_queries, top, sum, result, odd_result, first, clean, block, table, stop, oldest, place, 0, 0,
+            element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
+            BLOCK, DIM, TOKENS, WINDOW, False, True, PAIRS, DOT, STAGES,
+        )  # fmt: skip
     if not UNIFORM:
-        for tile in tl.range(clean, soiled, num_stages=STAGES):
-            following = blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
-            top, sum, result, odd_result = attend(
-                queries, odd_queries, top, sum, result, odd_result, tile, block, stop, oldest, place, 0, 0,
-                element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
-                BLOCK, DIM, TOKENS, WINDOW, False, False, PAIRS, DOT,
-            )  # fmt: skip
-            block = following
-        for tile in tl.range(soiled, last, num_stages=STAGES):
-            following = blocks(table, tile + 1, oldest, stop, BLOCK, TOKENS)
-            top, sum, result, odd_result = attend(
-                queries, odd_queries, top, sum, result, odd_result, tile, block, stop, oldest, place, 0, 0,
-                element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
-                BLOCK, DIM, TOKENS, WINDOW, False, True, PAIRS, DOT,
-            )  # fmt: skip
-            block = following
+        top, sum, result, odd_result, block = walk(
+            queries, odd_queries, top, sum, result, odd_result, clean, soiled, block, table, stop, oldest, place, 0, 0,
+            element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
+            BLOCK, DIM, TOKENS, WINDOW, False, False, PAIRS, DOT, STAGES,
+        )  # fmt: skip
+        top, sum, result, odd_result, block = walk(
+            queries, odd_queries, top, sum, result, odd_result, soiled, last, block, table, stop, oldest, place, 0, 0,
+            element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
+            BLOCK, DIM, TOKENS, WINDOW, False, True, PAIRS, DOT, STAGES,
+        )  # fmt: skip
     if PAIRS:
         result = tl.reshape(tl.join(result, odd_result), (ROWS, DIM))
     result = result / tl.where(sum == 0, 1.0, sum)[:, None]
@@ -213,15 +202,13 @@ def split(
         result = tl.zeros((ROWS, DIM // 2 if PAIRS else DIM), tl.float32)
         odd_result = result if PAIRS else 0
         begin = (tile - first).to(tl.int32) + skipped
+        behind = begin + (stop - tile).to(tl.int32)
         block = blocks(table, begin, oldest, length, BLOCK, TOKENS)
-        for number in tl.range(begin, begin + (stop - tile).to(tl.int32), num_stages=STAGES):
-            following = blocks(table, number + 1, oldest, length, BLOCK, TOKENS)
-            top, sum, result, odd_result = attend(
-                queries, odd_queries, top, sum, result, odd_result, number, block, length, oldest, place, root, bits,
-                element_part, scale_part, element_block, element_value, scale_block, scale_value, softmax_scale,
-                BLOCK, DIM, TOKENS, WINDOW, TREE, True, PAIRS, DOT,
-            )  # fmt: skip
-            block = following
+        top, sum, result, odd_result, block = walk(
+            queries, odd_queries, top, sum, result, odd_result, begin, behind, block, table, length, oldest, place,
+            root, bits, element_part, scale_part, element_block, element_value, scale_block, scale_value,
+            softmax_scale, BLOCK, DIM, TOKENS, WINDOW, TREE, True, PAIRS, DOT, STAGES,
+        )  # fmt: skip
         if PAIRS:
             result = tl.reshape(tl.join(result, odd_result), (ROWS, DIM))
         sum = tl.where(sum == 0, 1.0, sum)  # a row that sees nothing of this piece

@@ -85,7 +85,7 @@ def blocks(table, tile, oldest, length, BLOCK: tl.constexpr, TOKENS: tl.constexp
 
 
 @triton.jit
-def attend(
+def _attend(
     query, odd_query, top, sum, result, odd_result, tile, block, length, oldest, place, root, bits,
     elements, scales, element_block, element_value, scale_block, scale_value, softmax_scale,
     BLOCK: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr,
@@ -138,3 +138,23 @@ def attend(
     else:
         result = tl.dot(probability.to(DOT), value.to(DOT), result, input_precision=_PRECISION)
     return new_top, sum, result, odd_result
+
+
+@triton.jit
+def walk(
+    query, odd_query, top, sum, result, odd_result, begin, end, block, table, length, oldest, place, root, bits,
+    elements, scales, element_block, element_value, scale_block, scale_value, softmax_scale,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr,
+    MASKED: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_attend` over the tiles [begin, end). `block` are the blocks of the first one, and in what is returned those of
+    tile `end`: each tile's are read one tile before, so that no copy of keys and values waits for the block table."""
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        following = blocks(table, tile + 1, oldest, length, BLOCK, TOKENS)
+        top, sum, result, odd_result = _attend(
+            query, odd_query, top, sum, result, odd_result, tile, block, length, oldest, place, root, bits,
+            elements, scales, element_block, element_value, scale_block, scale_value, softmax_scale,
+            BLOCK, DIM, TOKENS, WINDOW, TREE, MASKED, PAIRS, DOT,
+        )  # fmt: skip
+        block = following
+    return top, sum, result, odd_result, block
