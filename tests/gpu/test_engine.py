@@ -15,6 +15,7 @@ from baton.engine.runner import Engine, build_engine
 from baton.kernels.quantised import TYPES, quantise
 
 from ..tiny import ARCHITECTURES, make_checkpoint
+from .two_workers import hand_over
 
 pytestmark = pytest.mark.gpu
 
@@ -144,6 +145,18 @@ def test_deterministic_bits_do_not_depend_on_company_or_chunks(tmp_path):
     assert [bits(said) for said in answers(chunked, asked, 33, True)] == crowd
     tight = engine(path, kv_memory=chunked.format.bytes_per_token * 16 * 60, **settings)
     assert [bits(said) for said in answers(tight, asked, 64, False)] == crowd
+
+
+def test_deterministic_tokens_do_not_depend_on_who_continues(tmp_path):
+    """In bfloat16, where any other order of summation would soon show."""
+    path = make_checkpoint(tmp_path)
+    settings = {"dtype": "bfloat16", "deterministic": True}
+    params = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
+    asked = [Request(str(i), tuple(prompt), len(prompt), params) for i, prompt in enumerate(prompts(8))]
+    one = engine(path, **settings)
+    here = [[token.token for token in answers(one, [request], 64, False)[0]] for request in asked]
+    there, _ = hand_over(path, "cuda", "cuda-ipc", prompts(8), 48, **settings)
+    assert there == here
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

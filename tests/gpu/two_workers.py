@@ -53,16 +53,16 @@ def children(*configs: WorkerConfig) -> Iterator[list[Child]]:
 
 
 def hand_over(
-    model: Path, device: str, transport: str, prompts: Sequence[Sequence[int]], count: int
+    model: Path, device: str, transport: str, prompts: Sequence[Sequence[int]], count: int, **settings: Any
 ) -> tuple[list[list[int]], list[str]]:
-    """What each prompt is answered, `count` tokens, and the transports that the prefill worker has used."""
+    """What each prompt is answered, `count` tokens, and the transports that the prefill worker has used. `settings`: of
+    both engines."""
+    given = {"dtype": "float32", "kv_memory": 64 << 20, "max_batch_tokens": 64, "threads": 1} | settings
     configs = [
         WorkerConfig(
             name=role.value,
             role=role,
-            engine=EngineConfig(
-                model=str(model), device=device, dtype="float32", kv_memory=64 << 20, max_batch_tokens=64, threads=1
-            ),
+            engine=EngineConfig(model=str(model), device=device, **given),
             handover=HandoverConfig(transport=transport),
             cluster_token="secret",
         )
