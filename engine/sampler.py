@@ -11,14 +11,13 @@ from collections.abc import Sequence as Rowwise
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..common.errors import EngineFailure
 from ..common.types import TokenLogprob
 from ..kernels import sampling
-from ..kernels.sampling import ADDED, IN_PROMPT, MOST, RECORD
-from .knobs import Knobs
+from ..kernels.sampling import IN_PROMPT, MOST, RECORD
+from .knobs import Knobs, Words
 from .plan import Sampled, Slice
 from .sequence import Sequence
 from .slots import Slots
@@ -26,8 +25,6 @@ from .slots import Slots
 WAIT_S = 60.0
 """A step that is not through by then will never be."""
 _POLL_S = 20e-6
-
-Words = npt.NDArray[np.int64]
 
 
 class Sampler:
@@ -76,23 +73,23 @@ class Sampler:
         records = np.frombuffer(bytearray().join([k.record for k in knobs]), RECORD)
         records["position"] = [part.end for part in slices]
         self._make_room(len(slices), sum(k.penalised for k in knobs))
-        pairs, fills, count = [np.empty(0, ADDED)], [], 0
-        for row, (part, k) in enumerate(zip(slices, knobs, strict=True)):
-            if not k.edits:
-                continue
-            if k.penalised:
-                slot, right = self._slots.take(part.sequence.key, part.end)
-                records[row]["slot"] = slot
-                if not right:
-                    fills.append((slot, *_said(part)))
-            pairs.append(k.added(part.end))
-            records[row]["added_from"], count = count, count + len(pairs[-1])
-            records[row]["added_to"] = count
-        added = np.concatenate(pairs).view(np.int64)
-        words, added_words, *fill = self._send(records.view(np.int64), added, *self._fills(fills))
+        edited = [row for row, k in enumerate(knobs) if k.edits]
+        pairs = [knobs[row].added(slices[row].end) for row in edited]
+        ends = np.cumsum([len(mine) for mine in pairs])
+        records["added_from"][edited[1:]], records["added_to"][edited] = ends[:-1], ends
+        slots, fills = [], []
+        penalised = [row for row in edited if knobs[row].penalised]
+        for part in (slices[row] for row in penalised):
+            slot, right = self._slots.take(part.sequence.key, part.end)
+            slots.append(slot)
+            if not right:
+                fills.append((slot, *_said(part)))
+        records["slot"][penalised] = slots
+        added = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
+        words, pairs_words, *fill = self._send(records.view(np.int64), added, *self._fills(fills))
         if fill:
             sampling.fill(self._counts, *fill)
-        return sampling.draw(logits, words.view(len(slices), -1), added_words, self._counts, self._spare)
+        return sampling.draw(logits, words.view(len(slices), -1), pairs_words, self._counts, self._spare)
 
     def _fills(self, fills: list[tuple[int, Words, Words]]) -> tuple[Words, ...]:
         """Slots, places in the flat table, and entries, for `sampling.fill`."""
