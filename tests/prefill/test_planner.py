@@ -23,7 +23,9 @@ class Batch:
         raise AssertionError("the planner does not join")
 
 
-def made(blocks: int = 64, local: Batch | None = None, most: int = 64) -> tuple[ChunkedPrefill, BlockTable, list[Sequence]]:
+def made(
+    blocks: int = 64, local: Batch | None = None, most: int = 64
+) -> tuple[ChunkedPrefill, BlockTable, list[Sequence]]:
     table, started = BlockTable(blocks, BlockHasher(SIZE)), []
     return ChunkedPrefill(table, started.append, most, local), table, started
 
