@@ -48,7 +48,7 @@ class StepPlan:
     def add(self, sequence: Sequence, count: int) -> Slice:
         """The next `count` tokens of a sequence that no launched step computes."""
         start = sequence.launched
-        part = Slice(sequence, start, count, start + count == sequence.length)
+        part = Slice(sequence, start, count, start + count == len(sequence.tokens) + sequence.pending)
         self.slices.append(part)
         self.budget -= count
         return part

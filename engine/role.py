@@ -47,21 +47,16 @@ class Context:
     def ref(self) -> WorkerRef:
         return self.endpoint.ref
 
-    def accept(self, sequence: Sequence, token: Sampled) -> FinishReason | None:
-        """Append a sampled token; say whether the request ends with it. The token that ends it is emitted too."""
-        sequence.tokens.append(token.token)
+    def accept(self, sequence: Sequence, sampled: Sampled) -> FinishReason | None:
+        """Append a sampled token; say why the request ends with it, None if it goes on. The token that ends it is told
+        too."""
+        params, tokens, token = sequence.request.params, sequence.tokens, sampled.token
+        tokens.append(token)
         self.stats.output_tokens += 1
-        return self.ending(sequence)
-
-    def ending(self, sequence: Sequence) -> FinishReason | None:
-        """Why the request ends with its last token; None if it goes on."""
-        params, token = sequence.request.params, sequence.tokens[-1]
         stops = token in params.stop_token_ids or (token in self.limits.eos_ids and not params.ignore_eos)
         if stops and sequence.output_len >= params.min_tokens:
             return FinishReason.STOP
-        if len(sequence.tokens) >= sequence.limit:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(tokens) >= sequence.limit else None
 
     def emit(self, sequence: Sequence, sampled: Sampled) -> None:
         """Tell the router the sequence's last token."""

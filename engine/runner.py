@@ -52,7 +52,8 @@ class TorchRunner:
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
         `EngineBroken` where there are other ranks: after a failure they no longer stand at the same place."""
-        order = sorted(range(len(plan.slices)), key=lambda i: plan.slices[i].count != 1)  # single rows first
+        longer = [part.count != 1 for part in plan.slices]
+        order = sorted(range(len(plan.slices)), key=longer.__getitem__)  # single rows first
         slices = [plan.slices[i] for i in order]
         sampling = [i for i, part in enumerate(slices) if part.samples]
         results: list[Sampled | None] = [None] * len(slices)

@@ -49,8 +49,8 @@ class Sampler:
         gets the position `slices[r].end`. `best` is what `sampling.greedy` found in these logits, if a graph has asked
         it already. Nothing here waits for a device. Raises `EngineFailure` where the tokens of a sequence with
         penalties are not known: one that draws must have drawn in the step before, or have no pending token."""
-        knobs = [self._knobs(part.sequence) for part in slices]
-        asked = [row for row, part in enumerate(slices) if part.sequence.params.logprobs is not None]
+        knobs = [part.sequence.knobs or self._knobs(part.sequence) for part in slices]
+        asked = [row for row, part in enumerate(slices) if part.sequence.request.params.logprobs is not None]
         if asked:
             (rows,) = self._send(np.array(asked))
             untouched = logits[rows]  # a copy
@@ -64,29 +64,28 @@ class Sampler:
         return Drawn.of(tokens, _Logprobs.of(untouched, tokens[rows], asked, counts))
 
     def _knobs(self, sequence: Sequence) -> Knobs:
-        if sequence.knobs is None:
-            sequence.knobs = Knobs.of(sequence, self._eos)
-        return sequence.knobs
+        knobs = sequence.knobs = Knobs.of(sequence, self._eos)
+        return knobs
 
     def _draw(self, logits: torch.Tensor, slices: Rowwise[Slice], knobs: list[Knobs]) -> torch.Tensor:
         """All that the kernels read goes to the device in one copy."""
         records = np.frombuffer(bytearray().join([k.record for k in knobs]), RECORD)
-        records["position"] = [part.end for part in slices]
-        self._make_room(len(slices), sum(k.penalised for k in knobs))
+        records["position"] = [part.start + part.count for part in slices]
         edited = [row for row, k in enumerate(knobs) if k.edits]
-        pairs = [knobs[row].added(slices[row].end) for row in edited]
-        ends = np.cumsum([len(mine) for mine in pairs])
-        records["added_from"][edited[1:]], records["added_to"][edited] = ends[:-1], ends
-        slots, fills = [], []
-        penalised = [row for row in edited if knobs[row].penalised]
-        for part in (slices[row] for row in penalised):
-            slot, right = self._slots.take(part.sequence.key, part.end)
-            slots.append(slot)
-            if not right:
-                fills.append((slot, *_said(part)))
-        records["slot"][penalised] = slots
-        added = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
-        words, pairs_words, *fill = self._send(records.view(np.int64), added, *self._fills(fills))
+        self._make_room(len(slices), sum(knobs[row].penalised for row in edited))
+        pairs, fills, count = [np.empty(0, ADDED)], [], 0
+        for row in edited:
+            part, k = slices[row], knobs[row]
+            if k.penalised:
+                slot, right = self._slots.take(part.sequence.key, part.end)
+                records[row]["slot"] = slot
+                if not right:
+                    fills.append((slot, *_said(part)))
+            pairs.append(k.added(part.end))
+            records[row]["added_from"], count = count, count + len(pairs[-1])
+            records[row]["added_to"] = count
+        added = np.concatenate(pairs).view(np.int64)
+        words, added_words, *fill = self._send(records.view(np.int64), added, *self._fills(fills))
         if fill:
             sampling.fill(self._counts, *fill)
         return sampling.draw(logits, words.view(len(slices), -1), pairs_words, self._counts, self._spare)
