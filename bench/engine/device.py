@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from ...common.kv_format import KvFormat
@@ -24,6 +25,7 @@ from ...engine.rank import Rank
 from ...engine.runner import TorchRunner
 from ...engine.sampler import Sampler
 from ...kernels import sampling
+from ..quantiles import Quantiles
 
 FORMAT = KvFormat(num_layers=1, num_kv_heads=1, head_dim=1, block_size=16, dtype="int8")
 """As little KV as there can be."""
@@ -91,21 +93,18 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What was seen in `steps` steps of one batch size, in seconds. `parts` is the wall time of the loop's thread,
-    "device" that in which it waited for a step; `loop_cpu_s` its processor time, `other_cpu_s` that of all others."""
+    """What was seen in `steps` steps of one batch size, in seconds. `python` is what one step takes the loop's thread
+    but for its waiting for the device; `parts` is all wall time of that thread, "device" that in which it waited;
+    `loop_cpu_s` its processor time, `other_cpu_s` that of all others."""
 
     steps: int
     seconds: float
+    python: Quantiles
     busy_s: float
     idle_s: float
     loop_cpu_s: float
     other_cpu_s: float
     parts: dict[str, float]
-
-    @property
-    def python_s(self) -> float:
-        """Of one step: all that the loop's thread does but wait for the device."""
-        return (self.seconds - self.parts["device"]) / self.steps
 
     @property
     def idle_share(self) -> float:
@@ -189,6 +188,7 @@ class StandinDevice:
         self._skip, self._steps, self._on_done = skip, steps, on_done
         self._seen = 0
         self._begin = _Clocks()
+        self._python: list[float] = []  # up to each step of the window, since its begin
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StandinStep:
         """See `engine.plan.Runner.launch`."""
@@ -201,8 +201,11 @@ class StandinDevice:
 
     def _count(self) -> None:
         self.watch.turn()
+        spent = self.watch.spent
+        self._python.append(sum(spent.values()) - spent.get("device", 0.0))
         if self._seen == self._skip:
-            self.watch.spent.clear()
+            spent.clear()
+            self._python = [0.0]
             self._stream.busy_s = self._stream.idle_s = 0.0
             self._begin = _Clocks()
         elif self._seen == self._skip + self._steps:
@@ -212,6 +215,7 @@ class StandinDevice:
     def _window(self, begin: _Clocks, end: _Clocks) -> Window:
         cpu = end.thread - begin.thread
         return Window(
-            steps=self._steps, seconds=end.wall - begin.wall, busy_s=self._stream.busy_s, idle_s=self._stream.idle_s,
-            loop_cpu_s=cpu, other_cpu_s=end.process - begin.process - cpu, parts=dict(self.watch.spent),
+            steps=self._steps, seconds=end.wall - begin.wall, python=Quantiles.of(np.diff(self._python)),
+            busy_s=self._stream.busy_s, idle_s=self._stream.idle_s, loop_cpu_s=cpu,
+            other_cpu_s=end.process - begin.process - cpu, parts=dict(self.watch.spent),
         )  # fmt: skip

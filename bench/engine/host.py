@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
@@ -193,12 +193,30 @@ async def run(steps: int, note: Callable[[str], None]) -> list[Measured]:
 
 def table(found: Iterable[Measured]) -> Table:
     """Times in milliseconds a step."""
-    columns = ("batch", "loop", "served", "device", "Python", *PARTS, "loop CPU", "RPC CPU", "idle", "gap p50", "p99")
+    columns = (
+        "batch",
+        "loop",
+        "served",
+        "device",
+        "Python p50",
+        "p99",
+        *PARTS,
+        "loop CPU",
+        "RPC CPU",
+        "idle",
+        "gap p50",
+        "p99",
+    )
     shown = Table(*columns, title="Python a step, ms")
     for one in found:
         window = one.window
         gap = one.served["gap"] if one.served else {"p50": math.nan, "p99": math.nan}
-        times = [one.step_s, window.python_s, *(window.parts.get(part, 0.0) / window.steps for part in PARTS)]
+        times = [
+            one.step_s,
+            window.python.p50,
+            window.python.p99,
+            *(window.parts.get(part, 0.0) / window.steps for part in PARTS),
+        ]
         times += [window.loop_cpu_s / window.steps, window.other_cpu_s / window.steps]
         cells = [f"{seconds * 1e3:.2f}" for seconds in times]
         cells += [f"{window.idle_share:.1%}", *(f"{gap[key] * 1e3:.1f}" for key in ("p50", "p99"))]
@@ -211,7 +229,7 @@ def bars(found: Iterable[Measured]) -> dict[str, bool]:
     held = {}
     for one in found:
         name = f"batch {one.batch}, {_LOOPS[one.overlap]}{', served' if one.served else ''}"
-        python_s, idle = one.window.python_s, one.window.idle_share
+        python_s, idle = one.window.python.p50, one.window.idle_share
         if one.batch == max(STEP_S) and not one.served:
             held[f"{name}: {python_s * 1e3:.2f} ms of Python a step, {PYTHON_S * 1e3:.1f} at most"] = (
                 python_s <= PYTHON_S
@@ -229,7 +247,7 @@ def document(found: Iterable[Measured]) -> list[dict[str, Any]]:
             "device_step_s": one.step_s,
             "loop": _LOOPS[one.overlap],
             "served": one.served,
-            "python_s": one.window.python_s,
+            "python_s": asdict(one.window.python),
             "parts_s": {part: seconds / one.window.steps for part, seconds in sorted(one.window.parts.items())},
             "idle_share": one.window.idle_share,
             "loop_cpu_s": one.window.loop_cpu_s / one.window.steps,
