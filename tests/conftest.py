@@ -19,6 +19,14 @@ E2E = Path(__file__).parent / "e2e"
 E2E_TIMEOUT_S = 400
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings
+
+        settings.register_profile("patient", deadline=None)  # an example may wait while others compute
+        settings.load_profile("patient")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if E2E in item.path.parents:

@@ -15,7 +15,6 @@ import httpx
 import pytest
 import tokenizers
 import uvicorn
-from hypothesis import settings
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp
@@ -30,9 +29,6 @@ from baton.gateway.metrics import Metrics
 from baton.gateway.model import Model
 from baton.gateway.service import Service
 from baton.router.request import Batch, Finish
-
-settings.register_profile("gateway", deadline=None)
-settings.load_profile("gateway")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>' + '\n' }}"
