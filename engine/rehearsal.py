@@ -4,6 +4,7 @@ warm (kernels compiled, workspaces and thread teams made, memory at its place)."
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Listing
 
 from ..common.config import EngineConfig
 from ..common.types import Request, SamplingParams
@@ -17,18 +18,24 @@ _EVERYTHING = SamplingParams(
 _NOTHING = SamplingParams(max_tokens=2, temperature=0.0)
 
 
-def rehearsals(config: EngineConfig, longest: int, num_blocks: int) -> list[StepPlan]:
-    """A prefill chunk, a decode, and a step of both with all that a request may ask for when it samples."""
+def rehearsals(config: EngineConfig, longest: int, num_blocks: int, batches: Listing[int] = ()) -> list[StepPlan]:
+    """A prefill chunk, a decode, and a step of both with all that a request may ask for when it samples; then, plain
+    and with all of that, decodes of each of these batch sizes, from which kernels may follow."""
     count = max(1, min(config.max_batch_tokens, longest - 1))
     first = _sequence(0, count + 1, config, num_blocks, _NOTHING)
     second = _sequence(1, 2, config, num_blocks, _EVERYTHING)
     decode = Slice(first, count, 1, True)
     beside = [decode] if config.max_batch_tokens >= 3 else []
-    return [
+    plans = [
         StepPlan(0, [Slice(first, 0, count, False)]),
         StepPlan(0, [decode]),
         StepPlan(0, [*beside, Slice(second, 0, 2, True)]),
     ]
+    for size in batches:
+        for params in (_NOTHING, _EVERYTHING):
+            owners = [_sequence(i, 1, config, num_blocks, params) for i in range(size)]
+            plans.append(StepPlan(0, [Slice(owner, 0, 1, True) for owner in owners]))
+    return plans
 
 
 def largest(config: EngineConfig, longest: int, num_blocks: int) -> list[Slice]:

@@ -129,7 +129,8 @@ def build_engine(
         graphs = Graphs(rank, sizes, drawn, CudaCapture(), lambda share: progress(LOADED + (1 - LOADED) * share))
     runner = TorchRunner(rank, drawn, followers, graphs)
     num_blocks = rank.pool.num_blocks
-    for plan in rehearsals(config, rank.longest, num_blocks):
+    batches = ladder(most) if rank.device.type == "cuda" else []
+    for plan in rehearsals(config, rank.longest, num_blocks, batches):
         runner.launch(plan).results()
     progress(1.0)
     log.info(

@@ -55,6 +55,6 @@ def test_the_largest_step_is_as_large_as_may_be(tokens: int, running: int) -> No
 
 def test_rehearsals_stay_within_the_longest_sequence() -> None:
     for tokens, longest in ((64, 48), (64, 512), (1, 512), (8, 2)):
-        for plan in rehearsals(EngineConfig(model="", max_batch_tokens=tokens), longest, num_blocks=3):
+        for plan in rehearsals(EngineConfig(model="", max_batch_tokens=tokens), longest, 3, batches=[1, tokens]):
             assert plan.tokens <= max(2, tokens)
             assert all(part.end <= longest and part.end <= 16 * len(part.sequence.blocks) for part in plan.slices)
