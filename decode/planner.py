@@ -67,21 +67,23 @@ class ContinuousBatching:
         """Add a slice for each running sequence that fits the budget; first resume who was preempted and fits again.
         Where a step is under way that may end somebody, nobody is preempted before it has: the plan is `short` then."""
         self._resume()
+        block_size = self._table.block_size
         for sequence in list(self.running):
             if plan.budget == 0:
                 break
-            if not sequence.blocks:
-                continue  # preempted a moment ago for an older one
-            length = sequence.length
-            if sequence.pending and length >= sequence.limit:
+            pending = sequence.pending
+            length = len(sequence.tokens) + pending
+            if pending and length >= sequence.limit:
                 continue  # the step that is under way draws its last token
-            if self._table.grow(sequence, length) or self._make_room(sequence, plan):
-                plan.add(sequence, min(length - sequence.launched, plan.budget))
+            if length <= len(sequence.blocks) * block_size or self._make_room(sequence, plan):
+                plan.add(sequence, length - sequence.launched)
             elif plan.short:
                 break
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Room for the KV of all tokens of this sequence, at the cost of younger ones if need be."""
+        if not sequence.blocks:
+            return False  # preempted a moment ago for an older one
         while not self._table.grow(sequence, sequence.length):
             if plan.ahead:
                 plan.short = True

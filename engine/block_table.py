@@ -99,10 +99,14 @@ class BlockTable:
         sequence.computed = computed = sequence.computed + count
         if sequence.launched < computed:
             sequence.launched = computed
-        if computed % self.block_size < count:  # past the end of a block
-            hashes = self.chain(sequence)
-            for i in range((computed - count) // self.block_size, computed // self.block_size):
-                self.manager.seal(sequence.blocks[i], hashes[i])
+        if computed % self.block_size < count:
+            self._seal(sequence, count)
+
+    def _seal(self, sequence: Sequence, count: int) -> None:
+        """The last `count` computed tokens have gone past the end of a block."""
+        computed, hashes = sequence.computed, self.chain(sequence)
+        for i in range((computed - count) // self.block_size, computed // self.block_size):
+            self.manager.seal(sequence.blocks[i], hashes[i])
 
     def drop(self, sequence: Sequence) -> None:
         """Take all blocks back; what is full and computed stays cached. Does nothing the second time."""
@@ -132,9 +136,11 @@ class BlockTable:
     def computed(self, part: Slice) -> None:
         """The oldest flight has come back with this; its sequence is not gone. What it sampled is pending no more: the
         caller knows it."""
-        sequence = part.sequence
+        sequence, count = part.sequence, part.count
         sequence.pending -= part.samples
-        self.advance(sequence, part.count)
+        sequence.computed = computed = sequence.computed + count
+        if computed % self.block_size < count:
+            self._seal(sequence, count)
 
     def end(self) -> None:
         """The oldest flight is over: nothing of it writes any more."""

@@ -8,7 +8,7 @@ live in one process or in two.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -198,38 +198,31 @@ class Outbox:
 
     def __init__(self) -> None:
         self.routers: set[str] = set()
-        self._reports: dict[str, _Report] = {}
+        self._reports: defaultdict[str, _Report] = defaultdict(_Report)
         self._to_targets: list[tuple[WorkerRef, SourceMessage]] = []
         self._to_sources: list[tuple[WorkerRef, TargetMessage]] = []
 
-    def _report(self, router: str) -> _Report:
-        report = self._reports.get(router)
-        if report is None:
-            report = self._reports[router] = _Report()
-        return report
-
     def token(self, key: SequenceKey, position: int, token: int, logprob: TokenLogprob | None) -> None:
         router, ticket = key
-        report = self._reports.get(router) or self._report(router)
-        report.tokens.add(ticket, position, token, logprob)
+        self._reports[router].tokens.add(ticket, position, token, logprob)
 
     def started(self, key: SequenceKey, cached_tokens: int) -> None:
-        self._report(key[0]).started.append(Started(key[1], cached_tokens))
+        self._reports[key[0]].started.append(Started(key[1], cached_tokens))
 
     def handed_over(self, key: SequenceKey, exposed_s: float = 0.0) -> None:
-        self._report(key[0]).handed_over.append(HandedOver(key[1], exposed_s))
+        self._reports[key[0]].handed_over.append(HandedOver(key[1], exposed_s))
 
     def finished(self, key: SequenceKey, reason: FinishReason) -> None:
-        self._report(key[0]).finished.append(Finished(key[1], reason))
+        self._reports[key[0]].finished.append(Finished(key[1], reason))
 
     def failed(self, key: SequenceKey, error: BatonError) -> None:
-        self._report(key[0]).failed.append(Failed(key[1], error.code, error.message))
+        self._reports[key[0]].failed.append(Failed(key[1], error.code, error.message))
 
     def stayed(self, key: SequenceKey, error: BatonError) -> None:
-        self._report(key[0]).stayed.append(Stayed(key[1], error.code, error.message))
+        self._reports[key[0]].stayed.append(Stayed(key[1], error.code, error.message))
 
     def kv(self, router: str, events: KvEvents) -> None:
-        self._report(router).kv.append(events)
+        self._reports[router].kv.append(events)
 
     def to_target(self, target: WorkerRef, message: SourceMessage) -> None:
         self._to_targets.append((target, message))
@@ -256,5 +249,5 @@ class Outbox:
             if router in self.routers
         }
         mail = Mail(reports, self._to_targets, self._to_sources)
-        self._reports, self._to_targets, self._to_sources = {}, [], []
+        self._reports, self._to_targets, self._to_sources = defaultdict(_Report), [], []
         return mail

@@ -45,13 +45,14 @@ class StepPlan:
     ahead: bool = False
     short: bool = False
 
-    def add(self, sequence: Sequence, count: int) -> Slice:
-        """The next `count` tokens of a sequence that no launched step computes."""
+    def add(self, sequence: Sequence, count: int) -> None:
+        """The next `count` tokens of a sequence that no launched step computes, or as many as fit."""
+        if count > self.budget:
+            count = self.budget
         start = sequence.launched
-        part = Slice(sequence, start, count, start + count == len(sequence.tokens) + sequence.pending)
-        self.slices.append(part)
+        samples = start + count == len(sequence.tokens) + sequence.pending
+        self.slices.append(Slice(sequence, start, count, samples))
         self.budget -= count
-        return part
 
     @property
     def tokens(self) -> int:

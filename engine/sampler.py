@@ -156,7 +156,7 @@ class Drawn:
         except RuntimeError as error:  # of the device, and of some kernel before
             raise EngineFailure(f"a step failed on the device: {error}") from error
         tokens: list[int] = self._here.tolist()
-        sampled = [Sampled(token) for token in tokens]
+        sampled = list(map(Sampled, tokens))
         for row, logprob in self._logprobs.results() if self._logprobs else ():
             sampled[row] = Sampled(tokens[row], logprob)
         return sampled

@@ -61,12 +61,12 @@ class ChunkedPrefill:
             if plan.budget == 0:
                 return
             if not sequence.pending:  # its last chunk is under way
-                plan.add(sequence, min(sequence.missing, plan.budget))
+                plan.add(sequence, sequence.missing)
         for sequence in list(self.ready):
             if plan.budget == 0 or not self._start(sequence):
                 return
             if sequence in self.computing:
-                plan.add(sequence, min(sequence.missing, plan.budget))
+                plan.add(sequence, sequence.missing)
 
     def _start(self, sequence: Sequence) -> bool:
         """Admit a sequence, or pass it over because another computes what it needs. False: the pool is full, or as
