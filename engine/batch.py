@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
@@ -105,35 +104,40 @@ class Batch:
         """Those that have one row must come first. `drawn`: each sequence's row in the step before. `fill`: make it
         this many sequences by adding empty ones, of one row, no token and no block each: only for batches in which
         all have one row. Built with a handful of array operations."""
-        counts = np.ones(max(len(slices), fill), np.int64)
-        ends = np.zeros_like(counts)
-        real = len(slices)
-        counts[:real] = [part.count for part in slices]
-        ends[:real] = [part.start for part in slices]
-        ends[:real] += counts[:real]
+        real, total = len(slices), max(len(slices), fill)
+        counts = [part.count for part in slices]
+        singles = counts.count(1)
+        tokens = _tokens(slices, singles, drawn)
         held = [part.sequence.blocks for part in slices]
-        table_ends = list(itertools.accumulate(map(len, held)))
+        sizes = list(map(len, held))
         wanted = range(fill) if fill else [i for i, part in enumerate(slices) if part.samples]
-        layout = Layout(int(counts.sum()), len(counts), len(wanted), table_ends[-1])
+        layout = Layout(len(tokens) + total - real, total, len(wanted), sum(sizes))
         data = torch.empty(layout.size, dtype=torch.uint8, pin_memory=pinned)
         to = layout.cut(data.numpy(), np.int64, np.int32)
         to.starts[0] = to.table_starts[0] = 0
-        np.cumsum(counts, out=to.starts[1:])
-        to.lengths[:] = ends
-        to.table_starts[1 : real + 1] = table_ends
-        to.table_starts[real + 1 :] = table_ends[-1]
+        each = np.ones(total, np.int32)
+        each[singles:real] = counts[singles:]
+        np.cumsum(each, out=to.starts[1:])
+        first = np.array([part.start for part in slices])
+        to.lengths[:real] = first + each[:real]
+        to.lengths[real:] = 0
+        np.cumsum(sizes, out=to.table_starts[1 : real + 1])
+        to.table_starts[real + 1 :] = layout.blocks
         to.tables[:] = np.frombuffer(b"".join(held), np.int32)
-        owner = np.repeat(np.arange(real), counts[:real])
-        rows = len(owner)
-        to.positions[:rows] = np.arange(rows) + (ends - to.starts[1:])[owner]
-        block = to.tables[to.table_starts[owner] + to.positions[:rows] // block_size]
-        to.slots[:rows] = block.astype(np.int64) * block_size + to.positions[:rows] % block_size
-        to.wanted[:] = to.starts[1:][wanted] - 1
-        singles = int((counts == 1).sum())
-        pending = _tokens(slices, min(singles, real), drawn, to)
+        to.wanted[:] = to.starts[1:][wanted] - 1 if len(wanted) < total else to.starts[1:] - 1
+        rows = len(tokens)
+        owner = np.repeat(np.arange(real), each[:real])
+        positions = np.arange(rows) + (first - to.starts[:real])[owner]
+        block = to.tables[to.table_starts[owner] + positions // block_size]
+        to.positions[:rows] = positions
+        to.slots[:rows] = block.astype(np.int64) * block_size + positions % block_size
+        to.tokens[:rows] = tokens
         for array, empty in ((to.tokens, 0), (to.positions, 0), (to.slots, NO_SLOT)):
             array[rows:] = empty
-        return cls(layout, data, singles, pending)
+        np.maximum(~to.tokens, NOT_DRAWN, out=to.drawn)
+        np.maximum(to.tokens, 0, out=to.tokens)
+        pending = bool(to.drawn.max() > NOT_DRAWN)
+        return cls(layout, data, singles + total - real, pending)
 
     def arrays(self) -> Arrays:
         return self.layout.cut(self.data.numpy(), np.int64, np.int32)
@@ -178,17 +182,15 @@ def inputs(
     return Inputs(there.tokens, there.drawn, there.wanted, rows)
 
 
-def _tokens(slices: Listing[Slice], singles: int, drawn: Mapping[Sequence, int], to: Arrays) -> bool:
-    """Write the tokens that are known, and who draws the others; whether there are others."""
-    known = [part.sequence.tokens for part in slices]
+def _tokens(slices: Listing[Slice], singles: int, drawn: Mapping[Sequence, int]) -> list[int]:
+    """What each row embeds: a token, or ~r if nobody knows it and row r of the step before draws it."""
     tokens = [
-        mine[part.start] if part.start < len(mine) else 0 for mine, part in zip(known, slices[:singles], strict=False)
+        known[start] if (start := part.start) < len(known := part.sequence.tokens) else ~drawn[part.sequence]
+        for part in slices[:singles]
     ]
     for part in slices[singles:]:
-        tokens += part.sequence.tokens[part.start : part.end]
-        tokens += [0] * (part.end - max(part.start, len(part.sequence.tokens)))
-    to.tokens[: len(tokens)] = tokens
-    (pending,) = np.nonzero(to.lengths[: len(known)] > np.asarray(list(map(len, known))))
-    to.drawn[:] = NOT_DRAWN
-    to.drawn[to.starts[1:][pending] - 1] = [drawn[slices[i].sequence] for i in pending.tolist()]
-    return len(pending) > 0
+        known = part.sequence.tokens
+        tokens += known[part.start : part.end]
+        if part.end > len(known):
+            tokens.append(~drawn[part.sequence])
+    return tokens

@@ -13,7 +13,7 @@ from .sequence import Sequence
 Words = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Knobs:
     """How a sequence's tokens are chosen.
 
@@ -23,6 +23,7 @@ class Knobs:
     penalised    by what has been said so far
     bias         and by what is added to them: `ADDED` pairs, a word each
     held         the same, with what keeps the request from ending below length `until`
+    logprobs     how many alternatives are reported beside the token; None: not even its own log-probability
     """
 
     record: bytes
@@ -32,6 +33,7 @@ class Knobs:
     bias: Words
     held: Words
     until: int
+    logprobs: int | None
 
     @classmethod
     def of(cls, sequence: Sequence, eos_ids: tuple[int, ...]) -> Knobs:
@@ -56,6 +58,7 @@ class Knobs:
             bias=_words(params.logit_bias),
             held=_words((*params.logit_bias, *ends)),
             until=sequence.prompt_len + params.min_tokens if params.min_tokens else 0,
+            logprobs=params.logprobs,
         )
 
     def added(self, length: int) -> Words:

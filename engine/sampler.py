@@ -11,6 +11,7 @@ from collections.abc import Sequence as Rowwise
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..common.errors import EngineFailure
@@ -25,6 +26,7 @@ from .slots import Slots
 WAIT_S = 60.0
 """A step that is not through by then will never be."""
 _POLL_S = 20e-6
+_NOTHING: Words = np.empty(0, np.int64)
 
 
 class Sampler:
@@ -42,6 +44,7 @@ class Sampler:
         self._slots = Slots()
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int16, device=self._device)
         self._spare = torch.empty(0, vocab_size, dtype=torch.int32, device=self._device)
+        self._rows = _Rows.of([])
         self._make_room(rows, rows)
 
     def sample(self, logits: torch.Tensor, slices: Rowwise[Slice], best: torch.Tensor | None = None) -> Drawn:
@@ -50,45 +53,51 @@ class Sampler:
         it already. Nothing here waits for a device. Raises `EngineFailure` where the tokens of a sequence with
         penalties are not known: one that draws must have drawn in the step before, or have no pending token."""
         knobs = [part.sequence.knobs or self._knobs(part.sequence) for part in slices]
-        asked = [row for row, part in enumerate(slices) if part.sequence.request.params.logprobs is not None]
+        if knobs != self._rows.knobs:
+            self._rows = _Rows.of(knobs)
+        asked = self._rows.asked
         if asked:
             (rows,) = self._send(np.array(asked))
             untouched = logits[rows]  # a copy
-        if not all(k.greedy for k in knobs):
-            tokens = self._draw(logits, slices, knobs)
+        if not self._rows.greedy:
+            tokens = self._draw(logits, slices)
         else:
             tokens = sampling.greedy(logits) if best is None else best
         if not asked:
             return Drawn.of(tokens)
-        counts = [slices[row].sequence.params.logprobs or 0 for row in asked]
+        counts = [knobs[row].logprobs or 0 for row in asked]
         return Drawn.of(tokens, _Logprobs.of(untouched, tokens[rows], asked, counts))
 
     def _knobs(self, sequence: Sequence) -> Knobs:
         knobs = sequence.knobs = Knobs.of(sequence, self._eos)
         return knobs
 
-    def _draw(self, logits: torch.Tensor, slices: Rowwise[Slice], knobs: list[Knobs]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, slices: Rowwise[Slice]) -> torch.Tensor:
         """All that the kernels read goes to the device in one copy."""
-        records = np.frombuffer(bytearray().join([k.record for k in knobs]), RECORD)
+        records = np.frombuffer(bytearray(self._rows.records), RECORD)
         records["position"] = [part.start + part.count for part in slices]
-        edited = [row for row, k in enumerate(knobs) if k.edits]
-        self._make_room(len(slices), sum(knobs[row].penalised for row in edited))
-        pairs, fills, count = [np.empty(0, ADDED)], [], 0
-        for row in edited:
-            part, k = slices[row], knobs[row]
-            if k.penalised:
-                slot, right = self._slots.take(part.sequence.key, part.end)
-                records[row]["slot"] = slot
-                if not right:
-                    fills.append((slot, *_said(part)))
-            pairs.append(k.added(part.end))
-            records[row]["added_from"], count = count, count + len(pairs[-1])
-            records[row]["added_to"] = count
-        added = np.concatenate(pairs).view(np.int64)
-        words, added_words, *fill = self._send(records.view(np.int64), added, *self._fills(fills))
-        if fill:
-            sampling.fill(self._counts, *fill)
-        return sampling.draw(logits, words.view(len(slices), -1), pairs_words, self._counts, self._spare)
+        self._make_room(len(slices), len(self._rows.penalised))
+        added, *fill = self._edit(records, slices) if self._rows.edited else (_NOTHING,)
+        words, pairs, *fills = self._send(records.view(np.int64), added, *fill)
+        if fills:
+            sampling.fill(self._counts, *fills)
+        return sampling.draw(logits, words.view(len(slices), -1), pairs, self._counts, self._spare)
+
+    def _edit(self, records: npt.NDArray[np.void], slices: Rowwise[Slice]) -> tuple[Words, ...]:
+        """Write into the records what is done to the logits of `edited` rows: with which pairs, which are returned, and
+        by which slots, for which `sampling.fill` is to be called where more is returned."""
+        knobs, edited, penalised = self._rows.knobs, self._rows.edited, self._rows.penalised
+        pairs = [knobs[row].added(slices[row].end) for row in edited]
+        ends = np.cumsum([len(mine) for mine in pairs])
+        records["added_from"][edited[1:]], records["added_to"][edited] = ends[:-1], ends
+        slots, fills = [], []
+        for part in (slices[row] for row in penalised):
+            slot, right = self._slots.take(part.sequence.key, part.end)
+            slots.append(slot)
+            if not right:
+                fills.append((slot, *_said(part)))
+        records["slot"][penalised] = slots
+        return np.concatenate(pairs), *self._fills(fills)
 
     def _fills(self, fills: list[tuple[int, Words, Words]]) -> tuple[Words, ...]:
         """Slots, places in the flat table, and entries, for `sampling.fill`."""
@@ -112,7 +121,36 @@ class Sampler:
         words = torch.from_numpy(np.concatenate(parts))
         if self._device.type == "cuda":
             words = words.pin_memory().to(self._device, non_blocking=True)
-        return list(torch.split(words, [len(part) for part in parts]))
+        return list(words.split_with_sizes([len(part) for part in parts]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the knobs of a step's rows come to, which stays for as long as the same sequences draw in the same order.
+
+    greedy      all rows are
+    asked       rows whose log-probabilities are reported
+    edited      rows whose logits are changed, and `penalised` those of them that what has been said changes
+    records     one after the other
+    """
+
+    knobs: list[Knobs]
+    greedy: bool
+    asked: list[int]
+    edited: list[int]
+    penalised: list[int]
+    records: bytes
+
+    @classmethod
+    def of(cls, knobs: list[Knobs]) -> _Rows:
+        return cls(
+            knobs=knobs,
+            greedy=all(k.greedy for k in knobs),
+            asked=[row for row, k in enumerate(knobs) if k.logprobs is not None],
+            edited=[row for row, k in enumerate(knobs) if k.edits],
+            penalised=[row for row, k in enumerate(knobs) if k.penalised],
+            records=b"".join([k.record for k in knobs]),
+        )
 
 
 def _said(part: Slice) -> tuple[Words, Words]:
