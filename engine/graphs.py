@@ -91,7 +91,7 @@ class Graphs:
         count = len(slices)
         if count > self._sizes[-1] or not all(part.count == 1 and part.samples for part in slices):
             return 0
-        if sum(len(part.sequence.blocks) for part in slices) > self._most_blocks:
+        if sum([len(part.sequence.blocks) for part in slices]) > self._most_blocks:
             return 0
         return self._sizes[bisect_left(self._sizes, count)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from ..common.types import TokenLogprob
 from .sequence import Sequence
@@ -59,7 +59,8 @@ class StepPlan:
         return sum(s.count for s in self.slices)
 
 
-class Sampled(NamedTuple):
+@dataclass(slots=True)  # as `Slice`
+class Sampled:
     """A token drawn for a slice, with its log-probability where the request asked for it."""
 
     token: int

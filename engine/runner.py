@@ -19,7 +19,7 @@ from .graphs import CudaCapture, Graphs, ladder
 from .group import RankGroup
 from .kv_pool import KvPool, device_allocator
 from .model_config import ModelConfig
-from .plan import Ended, Launched, OnLayer, Sampled, StepPlan
+from .plan import Launched, OnLayer, Sampled, Slice, StepPlan
 from .rank import MakeAllocator, Rank, load_rank, resolve
 from .rehearsal import rehearsals
 from .sampler import Sampler
@@ -52,12 +52,10 @@ class TorchRunner:
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
         `EngineBroken` where there are other ranks: after a failure they no longer stand at the same place."""
-        longer = [part.count != 1 for part in plan.slices]
-        order = sorted(range(len(plan.slices)), key=longer.__getitem__)  # single rows first
-        slices = [plan.slices[i] for i in order]
-        sampling = [i for i, part in enumerate(slices) if part.samples]
-        results: list[Sampled | None] = [None] * len(slices)
-        fill = self._graphs.size_for(slices) if self._graphs else 0
+        fill = self._graphs.size_for(plan.slices) if self._graphs else 0
+        # Single rows come first. What a graph computes has no others.
+        slices = plan.slices if fill else sorted(plan.slices, key=lambda part: part.count != 1)
+        sampling = [part for part in slices if part.samples]
         batch = Batch.of(slices, self._rank.pool.format.block_size, self._rows, fill, self._pinned)
         if self._followers is not None:
             if batch.pending:  # other ranks have not seen what was drawn
@@ -73,16 +71,33 @@ class TorchRunner:
                 raise EngineFailure(why) from error
             self._followers.lose(why)
             raise EngineBroken(why) from error
-        self._rows = {slices[i].sequence: row for row, i in enumerate(sampling)}
-        for i, token in zip(sampling, sampled, strict=True):
-            results[order[i]] = token
-        return Ended(results)
+        self._rows = {part.sequence: row for row, part in enumerate(sampling)}
+        return _Step(drawn, plan.slices, self._rows)
 
     def _all_layers(self, on_layer: OnLayer | None) -> None:
         """A graph does not stop for anybody: KV of all its layers is on its way at once."""
         if on_layer is not None:
             for layer in range(self._rank.model_config.num_layers):
                 on_layer(layer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Implements `plan.Launched`. `rows`: of `drawn`, by who draws there."""
+
+    drawn: Drawn
+    slices: list[Slice]
+    rows: dict[Sequence, int]
+
+    def results(self) -> list[Sampled | None]:
+        """See `plan.Launched.results`. Raises `EngineBroken`: where a device fails at what it was given, or does not
+        end it, nobody knows what it still does."""
+        try:
+            sampled = self.drawn.results()
+        except EngineFailure as error:
+            raise EngineBroken(error.message) from error
+        rows = self.rows
+        return [sampled[rows[part.sequence]] if part.samples else None for part in self.slices]
 
 
 @dataclass(frozen=True, slots=True)
