@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..common.config import RouterConfig
-from ..common.errors import BatonError
+from ..common.errors import BatonError, WorkerLost, WrongRole
 from ..common.messages import CheckReport, StepReport
 from ..common.types import Request, Role, SamplingParams
 from ..engine.role import Limits
@@ -113,7 +113,7 @@ class Simulation:
 
         def turned(ok: bool) -> None:
             if ok:
-                self._core.worker_lost(name, "it was turned", self.world.now)
+                self._core.worker_lost(name, WrongRole("it was turned"), self.world.now)
                 self.world.at(self.world.now + RECONNECT_S, back)
             else:
                 self._leave(name, False)
@@ -132,7 +132,7 @@ class Simulation:
                 self.world.at(self.world.now + EMPTY_S, look)
                 return
             self.workers[name].end()
-            self._core.worker_lost(name, "it has ended", self.world.now)
+            self._core.worker_lost(name, WorkerLost("it has ended"), self.world.now)
             self._leave(name, False)
             done()
 

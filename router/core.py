@@ -35,7 +35,7 @@ from .choose import Choice
 from .fleet import Attempt, Worker
 from .placement import Placement
 from .request import MAX_BACKLOG, RequestState, Waiting
-from .retry import RETRY_AFTER_S, blamed, exonerate, note, suspect, suspected, verdict
+from .retry import RETRY_AFTER_S, blamed, exonerate, note, parting, suspect, suspected, verdict
 from .stats import Limits, Snapshot, Stats
 
 LOOK_AGAIN_S = 0.25
@@ -112,15 +112,14 @@ class RouterCore:
 
     def worker_up(self, info: WorkerInfo, now: float) -> None:
         """A session with this incarnation of a worker stands. It is usable from its first load report on."""
-        self.worker_lost(info.ref.name, "a new session took its place", now)
+        self.worker_lost(info.ref.name, WorkerLost("a new session took its place"), now)
         self._placement.joined(Worker(info, heard=now))
 
-    def worker_lost(self, name: str, why: str, now: float) -> None:
+    def worker_lost(self, name: str, why: BatonError, now: float) -> None:
         """The session broke or the worker fell silent: its requests go elsewhere. No error if it is not there."""
         if worker := self._placement.left(name):
             self.stats.losses += worker.usable or bool(worker.tickets)  # one that was to go, and is empty, is no loss
-            error = HandoverFailed if worker.leaving else WorkerLost  # no request is to blame for a worker's leaving
-            self._move_away(worker, error(f"worker {name}: {why}"), now)
+            self._move_away(worker, parting(worker, why), now)
 
     def set_draining(self, draining: Iterable[str], leaving: Iterable[str] = ()) -> None:
         """Exactly these workers take no new requests. What the first have, they finish; what the others have, moves."""
@@ -173,7 +172,7 @@ class RouterCore:
             if overslept:
                 worker.heard = now
             if (silent := now - worker.heard) > self.config.lease_s:
-                self.worker_lost(worker.name, f"silent for {silent:.1f} s", now)
+                self.worker_lost(worker.name, WorkerLost(f"silent for {silent:.1f} s"), now)
                 self._effects.disconnects.append(worker.name)
         self._placement.look(now)
         for state in [s for s in self._requests if now >= s.deadline]:

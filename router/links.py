@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..common.errors import BatonError, StaleEpoch, WorkerLost
+from ..common.errors import BatonError, StaleEpoch, WorkerLost, WrongRole
 from ..common.messages import Hello, Ping, RouterMessage, StepReport
 from ..common.types import WorkerInfo, WorkerRef
 from ..protos.convert import FromRouter, FromWorker
@@ -30,7 +31,7 @@ class Listener(Protocol):
     """Who is told what happens on the sessions."""
 
     def worker_up(self, info: WorkerInfo) -> None: ...
-    def worker_lost(self, name: str, why: str) -> None: ...
+    def worker_lost(self, name: str, why: BatonError) -> None: ...
     def on_report(self, name: str, report: StepReport) -> None: ...
 
 
@@ -154,8 +155,8 @@ class Link:
 
     async def _read(self, stream: Session) -> None:
         while (message := await stream.read()) is not None:
-            if not isinstance(message, StepReport):
-                raise WorkerLost("a second WorkerInfo on one session")
+            if isinstance(message, WorkerInfo):  # its last word on this session
+                raise WrongRole(f"it is a {message.role} worker now")
             self._listener.on_report(self.ref.name, message)
 
     async def _write(self, stream: Session) -> None:
@@ -166,19 +167,21 @@ class Link:
             except TimeoutError:
                 self._queue.append(Ping())
             self._wake.clear()
-            while self._queue:
-                await stream.write(self._queue.popleft())
+            with contextlib.suppress(WorkerLost):  # it is over then, and what there is to read says why
+                while self._queue:
+                    await stream.write(self._queue.popleft())
 
 
-def _why(session: asyncio.Task[None]) -> str:
-    """Why a session is over, for people."""
+def _why(session: asyncio.Task[None]) -> BatonError:
+    """Why a session is over."""
     if session.cancelled():
-        return "disconnected"
+        return WorkerLost("disconnected")
     error = session.exception()
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if error is None:
-        return "the worker ended it"
-    if not isinstance(error, BatonError):  # a mistake of ours: say so, and treat the worker as lost
-        log.error("a session failed in our own code", exc_info=error)
-    return str(error)
+        return WorkerLost("the worker ended it")
+    if isinstance(error, BatonError):
+        return error
+    log.error("a session failed in our own code", exc_info=error)  # say so, and treat the worker as lost
+    return WorkerLost(str(error))

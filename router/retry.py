@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..common.config import RouterConfig
-from ..common.errors import BatonError, EngineFailure, PoisonRequest, PoolFull, WorkerLost, WrongRole, from_code
-from .fleet import Attempt
+from ..common.errors import (
+    BatonError,
+    EngineFailure,
+    HandoverFailed,
+    PoisonRequest,
+    PoolFull,
+    WorkerLost,
+    WrongRole,
+    from_code,
+)
+from .fleet import Attempt, Worker
 from .request import RequestState
 
 RETRY_AFTER_S = 1.0
@@ -26,6 +35,13 @@ def blamed(attempt: Attempt, reporter: str, error: BatonError) -> str:
     if reporter == attempt.prefill and attempt.decode is not None and not isinstance(error, EngineFailure | WrongRole):
         return attempt.decode
     return reporter
+
+
+def parting(worker: Worker, why: BatonError) -> BatonError:
+    """What the end of a worker's session is to the requests that it has: no fault of theirs where it was to leave, or
+    plays another role from now on."""
+    orderly = worker.leaving or isinstance(why, WrongRole)
+    return (HandoverFailed if orderly else WorkerLost)(f"worker {worker.name}: {why}")
 
 
 def note(state: RequestState, error: BatonError, worker: str, now: float) -> None:

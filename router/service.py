@@ -13,6 +13,7 @@ from dataclasses import replace
 from ..common.clock import Clock, RealClock
 from ..common.cluster import Members, Trace, Traffic, WorkerState, WorkerStatus
 from ..common.config import RouterConfig
+from ..common.errors import BatonError
 from ..common.messages import StepReport
 from ..common.types import Request, WorkerInfo, WorkerRef
 from .core import RouterCore
@@ -159,7 +160,7 @@ class Router:
         self._core.worker_up(info, self._clock.now())
         self._flush()
 
-    def worker_lost(self, name: str, why: str) -> None:
+    def worker_lost(self, name: str, why: BatonError) -> None:
         self._core.worker_lost(name, why, self._clock.now())
         self._flush()
 

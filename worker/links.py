@@ -170,9 +170,11 @@ class RouterLines:
             line.put(report)
 
     def renew(self, role: Role) -> None:
-        """The worker has another role: routers hear of it when they come anew, which they do at once."""
+        """The worker has another role: the last that routers hear on the lines that there are. They come anew at once,
+        and know until then that nobody is to blame."""
         self._info = replace(self._info, role=role)
         for line in self._lines.values():
+            line.put(self._info)
             line.cut(f"it is a {role} worker now")
 
     async def serve(self, stream: Stream[RouterSays, FromWorker]) -> None:

@@ -93,7 +93,7 @@ class Fleet:
         self.infos[info.ref.name] = info
         self._news.set()
 
-    def worker_lost(self, name: str, why: str) -> None:
+    def worker_lost(self, name: str, why: BatonError) -> None:
         self._fail(f"{name} is lost: {why}")
 
     def on_report(self, name: str, report: StepReport) -> None:

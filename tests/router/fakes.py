@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from baton.common.config import RouterConfig
+from baton.common.errors import WorkerLost
 from baton.common.messages import Cancel, KvEvents, Load, StepReport, Submit, TokenOut, Tokens
 from baton.common.types import FinishReason, Request, Role, SamplingParams, WorkerInfo, WorkerRef
 from baton.router.core import RouterCore
@@ -65,7 +66,7 @@ class Driver:
         return state
 
     def lose(self, name: str) -> None:
-        self.core.worker_lost(name, "gone", self.now)
+        self.core.worker_lost(name, WorkerLost("gone"), self.now)
         self.drain()
 
     def wait(self, seconds: float, silent: bool = False) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.common.errors import BatonError
+from baton.common.errors import BatonError, WorkerLost
 from baton.common.messages import Cancel, Failed, Finished, HandedOver, KvEvents, Started, StepReport, Submit, Tokens
 from baton.common.types import FinishReason, Request, Role
 from baton.router.request import Finish, RequestState
@@ -137,7 +137,7 @@ class World:
         node.prefilling.clear()
         node.decoding.clear()
         node.epoch += how % 2
-        self.driver.core.worker_lost(node.name, "storm", self.driver.now)
+        self.driver.core.worker_lost(node.name, WorkerLost("storm"), self.driver.now)
         self.pump()
         if how % 4 < 2:
             self.connect(node)

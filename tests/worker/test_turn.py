@@ -138,6 +138,20 @@ async def test_a_busy_worker_turns_when_it_is_empty_or_says_no(house: House, rou
     await house.balanced()
 
 
+async def test_no_request_is_to_blame_for_a_turn(house: House, router: Router) -> None:
+    """A router that hears too early that nobody shall turn any more may place requests on a worker that just does."""
+    for name in ("c-0", "c-1"):
+        await house.worker(name, Role.COLOCATED, slow())
+    await ready(router, c_0="colocated", c_1="colocated")
+    asked = asyncio.create_task(answer(router, prompt(1), 60))
+    while not (busy := [w for w in house.workers.values() if w.load().running]):
+        await asyncio.sleep(0.01)
+    busy[0]._turned(Role.COLOCATED, True)  # as if it held nothing
+    assert (await asked)[0] == oracle(prompt(1), 60)
+    assert set(router.snapshot().stats.retries) == {"handover_failed"}
+    await house.balanced()
+
+
 async def test_roles_change_all_the_time_under_load(house: House, router: Router) -> None:
     """Turned the way a controller does it: first no new work and the rest moves, then the turn."""
     names = ["w-0", "w-1", "w-2"]
