@@ -172,9 +172,10 @@ class EngineLoop:
         try:
             results = launched.results()
         except EngineFailure as error:
-            for _, later in self._running[1:]:  # it goes on from what has failed; waited for, because it writes blocks
-                with contextlib.suppress(EngineFailure):
-                    later.results()
+            for _, later in self._running[1:]:  # it goes on from what has failed
+                if not isinstance(error, EngineBroken):  # waited for, because it writes blocks that others get
+                    with contextlib.suppress(EngineFailure):
+                        later.results()
             failed = [step for step, _ in self._running]
             self._running.clear()
             self._fail(failed, error)

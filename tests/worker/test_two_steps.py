@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ from baton.common.errors import EngineBroken, EngineFailure
 from baton.common.hashing import BlockHasher
 from baton.common.messages import Cancel, Failed, Finished, Submit
 from baton.common.types import Request, Role
+from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import FromRouter, Inbox, Mail, Outbox, Recast, RouterGone, RouterJoined
@@ -202,6 +204,30 @@ def test_who_goes_while_computed_leaves_nothing_behind(end: str, overlap: bool, 
         assert len(bench.tokens(1)) < 9 and (end != "deadline" or bench.heard(Failed)[1].code == "deadline_exceeded")
 
 
+@pytest.mark.parametrize(("overlap", "late"), LOOPS)
+@pytest.mark.parametrize("how", ["recomputed", "asked for again"])
+def test_who_begins_anew_while_computed_says_the_same(how: str, overlap: bool, late: bool) -> None:
+    """What the steps under way draw for its first life is not taken for its second."""
+    asked = {n: request(str(n), list(range(30 + n)), 12) for n in range(3)}
+    for rounds in range(1, 9):
+        bench = Bench(overlap, late)
+        for ticket, what in asked.items():
+            bench.submit(ticket, what)
+        for _ in range(rounds):
+            bench.round()
+        if how == "recomputed":
+            (planner,) = (role._planner for role in bench.loop.roles if isinstance(role, DecodeRole))
+            for sequence in planner.running.copy():
+                planner.recompute(sequence)
+        else:
+            bench.mail.clear()
+            for ticket, what in asked.items():
+                bench.cancel(ticket)
+                bench.submit(ticket, what)
+        bench.rest()
+        assert [bench.tokens(n) for n in asked] == [oracle(what.tokens, 12) for what in asked.values()]
+
+
 class Faulty:
     """Fails the step of this number, when it is launched or when it is asked for. All that follows it on the device may
     do what it likes; here it computes."""
@@ -262,6 +288,21 @@ def test_a_broken_engine_ends_the_loop_and_all_are_told(at_launch: bool, overlap
     with pytest.raises(EngineBroken, match="a rank is gone"):
         bench.rest()
     assert bench.heard(Failed).keys() == {1, 2}
+
+
+def test_nobody_waits_for_what_a_broken_engine_still_does() -> None:
+    """Each wait for a device that hangs takes a minute, in which no other worker takes this one's place."""
+    bench, waits = Bench(overlap=True, late=True), list[int]()
+    bench.loop._runner = Mock(launch=lambda plan, on_layer: Mock(results=partial(hang, waits)))
+    bench.submit(1, request("1", [1] * 30, 9))
+    with pytest.raises(EngineBroken):
+        bench.rest()
+    assert len(waits) == 1 and bench.heard(Failed)[1].code == "engine_broken"
+
+
+def hang(waits: list[int]) -> None:
+    waits.append(1)
+    raise EngineBroken("the device hangs")
 
 
 @pytest.mark.parametrize(("overlap", "late"), LOOPS)
