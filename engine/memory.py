@@ -25,9 +25,11 @@ _CONTEXT = 512 << 20
 _SLACK = 0.01
 """The share of a device's memory that is given to nobody: torch hands memory out in pieces that do not always fit, and
 staging buffers of transports come and go."""
-_SAMPLING = 6
-"""Arrays [rows, vocabulary] of four bytes that sampling takes at most beside the logits: a copy for log-probabilities,
-these and what they are sorted into, and the tables of the kernels."""
+_KEPT, _SAMPLING = 2, 4
+"""Arrays [rows, vocabulary] of four bytes: those that the sampler keeps, its kernels' tables; and those that it takes
+at most beside the logits, a copy for log-probabilities, these and what they are sorted into."""
+_GRAPH = 64 << 20
+"""What the driver keeps of one graph, at most. Where more memory has gone, another process has taken it meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,10 @@ def demand(rank: Rank, config: EngineConfig) -> Demand:
     held = _released(rank.device)
     torch.cuda.reset_peak_memory_stats(rank.device)
     slices = largest(config, rank.longest, rank.pool.num_blocks)
+    shape = len(slices), rank.model_config.vocab_size
+    beside = [torch.empty(shape, dtype=torch.float32, device=rank.device) for _ in range(_KEPT)]
     logits = rank.forward(Batch.of(slices, config.block_size, {}, pinned=True))
-    beside = [torch.empty_like(logits) for _ in range(_SAMPLING)]
+    beside += [torch.empty_like(logits) for _ in range(_SAMPLING)]
     torch.cuda.synchronize(rank.device)
     step = torch.cuda.max_memory_reserved(rank.device) - held
     del logits, beside
@@ -82,18 +86,19 @@ def demand(rank: Rank, config: EngineConfig) -> Demand:
 
 
 def _graphs(rank: Rank, config: EngineConfig) -> int:
-    """What all graphs will take, from recording the two largest: the first takes the memory that all share."""
+    """What all graphs will take, from recording the two largest: the first takes the memory that all share. Two workers
+    that start on one device both measure, so what torch holds is asked of torch, and only the rest of the device."""
     sizes = ladder(min(config.max_running, config.max_batch_tokens))
     drawn = torch.zeros(config.max_batch_tokens, dtype=torch.int64, device=rank.device)
 
     def taken(some: list[int]) -> int:
-        before, _ = torch.cuda.mem_get_info(rank.device)
+        held, (before, _) = _released(rank.device), torch.cuda.mem_get_info(rank.device)
         graphs = Graphs(rank, some, drawn, CudaCapture(), lambda share: None)
-        _released(rank.device)
+        ours = _released(rank.device) - held
         after, _ = torch.cuda.mem_get_info(rank.device)
         del graphs
         _released(rank.device)
-        return before - after
+        return ours + min(max(before - after - ours, 0), len(some) * _GRAPH)
 
     first = taken(sizes[-1:])
     both = taken(sizes[-2:])

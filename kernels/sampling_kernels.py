@@ -149,7 +149,7 @@ def _best(best, where, row, parts):
     return top, tl.min(tl.where(largest == top, place, 0x7FFFFFFF), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _first(best, where, tokens, parts):
     """The greedy token of a row."""
     row = tl.program_id(0)
@@ -157,7 +157,7 @@ def _first(best, where, tokens, parts):
     tl.store(tokens + row, token.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])  # or a batch that has 1 would be compiled for, while others wait
 def _draw(
     logits, near, spare, words, doubles, ints, floats, counts, best, where, tokens, size, parts,
     TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,

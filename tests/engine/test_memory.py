@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from baton.common.config import EngineConfig
 from baton.common.errors import InvalidRequest
+from baton.engine import memory
+from baton.engine.graphs import ladder
 from baton.engine.memory import Demand, kv_memory
 from baton.engine.rehearsal import largest, rehearsals
 
@@ -41,6 +46,45 @@ def test_nothing_left_is_refused_with_the_reason(demand: Demand) -> None:
     with pytest.raises(InvalidRequest, match=r"largest step takes 3\.0 GB and its graphs 2\.0 GB") as refused:
         kv_memory(demand, 1.0)
     assert refused.value.param == "device_memory"
+
+
+class Device:
+    """Where graphs take memory of torch's and of the driver's, while another process takes `greed`."""
+
+    def __init__(self, greed: int) -> None:
+        self.greed, self.free, self.held = greed, 60 * GB, 16 * GB
+
+    def take(self, held: int, driver: int) -> None:
+        self.held += held
+        self.free -= held + driver
+
+
+class Recorded:
+    """Graphs of some sizes: memory that all share, and what each has beside it, until nobody has them any more."""
+
+    def __init__(self, device: Device, sizes: list[int]) -> None:
+        self.device, self.held, self.driver = device, GB + 5_000_000 * len(sizes), 20_000_000 * len(sizes)
+        device.take(self.held, self.driver)
+        device.free -= device.greed
+
+    def __del__(self) -> None:
+        self.device.take(-self.held, -self.driver)
+
+
+@pytest.mark.parametrize("greed", [0, 10 * GB, -20 * GB])
+def test_what_other_processes_do_meanwhile_is_not_what_graphs_take(monkeypatch: Any, greed: int) -> None:
+    device = Device(greed)
+    monkeypatch.setattr(memory, "Graphs", lambda rank, sizes, *others: Recorded(device, sizes))
+    monkeypatch.setattr(memory, "CudaCapture", lambda: None)
+    monkeypatch.setattr(memory, "_released", lambda where: device.held)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (device.free, 80 * GB))
+    config = EngineConfig(model="", max_batch_tokens=512, max_running=256)
+    rank: Any = SimpleNamespace(device=torch.device("cpu"))
+    count = len(ladder(256))
+    found = memory._graphs(rank, config)
+    assert GB + 5_000_000 * count <= found <= GB + (5_000_000 + (64 << 20)) * count
+    if greed == 0:
+        assert found == GB + 25_000_000 * count
 
 
 @pytest.mark.parametrize(("tokens", "running"), [(64, 8), (8, 64), (1, 1), (2048, 256)])
