@@ -67,11 +67,13 @@ _MERGED_PIECES = 8
 _INTERPRETED = not isinstance(kernels.split, triton.runtime.JITFunction)
 
 
-def supports(heads: Heads, dtype: torch.dtype) -> bool:
-    """Whether the kernels take heads of this shape, with queries of `dtype`: a power of two of dimensions, as
-    `tl.arange` wants it, that leaves room in shared memory, and a group of query heads that fits a tile."""
+def supports(heads: Heads, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
+    """Whether the kernels take heads of this shape, with queries of `dtype` and a pool of `kv_dtype`: a power of two of
+    dimensions, as `tl.arange` wants it, of which a product takes 16, from a pool of pairs every other one; which leaves
+    room in shared memory; and a group of query heads that fits a tile."""
+    least = 32 if kv_dtype in LARGEST else 16
     return (
-        16 <= heads.dim <= 512 // dtype.itemsize
+        least <= heads.dim <= 512 // dtype.itemsize
         and heads.dim & (heads.dim - 1) == 0
         and heads.queries % heads.keys == 0
         and heads.queries // heads.keys <= UNIFORM.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 
 import torch
 
@@ -53,11 +54,12 @@ def _triton(
         from . import attention
         from .triton_ops import TritonOps
 
-        if attention.supports(heads, dtype):
+        if attention.supports(heads, dtype, kv_dtype):
             ops = TritonOps(kv_dtype, deterministic)
             ops.silu_mul(torch.zeros(1, 32, device=device))
             return ops
         log.warning("the Triton kernels do not take heads of %d, torch is used", heads.dim)
-    except (ImportError, OSError, RuntimeError) as error:  # no Triton, no C compiler, a device it does not know
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        # No Triton, no C compiler or one that fails, a device it does not know.
         log.warning("the Triton kernels are not available, torch is used: %s", error)
     return None

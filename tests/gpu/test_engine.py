@@ -28,7 +28,9 @@ SHORT_8B = {
 
 def engine(path: Path, **settings: object) -> Engine:
     given = {"device": "cuda", "kv_memory": 64 << 20, "max_batch_tokens": 64, "max_running": 32} | settings
-    return build_engine(EngineConfig(model=str(path), **given), lambda share: None)
+    made = build_engine(EngineConfig(model=str(path), **given), lambda share: None)
+    assert made.runner.operations.startswith("triton"), "plain torch took over: the log says why"
+    return made
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -77,7 +79,7 @@ def test_eight_bit_kv_is_on_cuda_what_it_is_on_cpu(tmp_path, kv_dtype):
     expected, found = (quantise(values.to(device), TYPES[kv_dtype]) for device in ("cpu", "cuda"))
     assert torch.equal(found[0].cpu().view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(found[1].cpu(), expected[1])
-    path = make_checkpoint(tmp_path)
+    path = make_checkpoint(tmp_path, head_dim=64)
     prompt = list(range(5, 60))
     narrow, full = (
         generate(engine(path, dtype="float32", kv_dtype=kept), [sequence(0, prompt, 128, TOP)], 2, chunk=16)[0][0]

@@ -261,10 +261,11 @@ def test_the_first_tile_is_the_first_that_is_seen(length: int, queries: int, win
 @pytest.mark.parametrize(
     ("heads", "fits"),
     [
-        (Heads(32, 8, 128), True), (Heads(9, 3, 64), True), (Heads(8, 1, 256), True),
+        (Heads(32, 8, 128), True), (Heads(9, 3, 64), True), (Heads(8, 1, 256), True), (Heads(4, 2, 16), True),
         (Heads(32, 8, 96), False), (Heads(8, 1, 512), False), (Heads(71, 1, 64), False), (Heads(8, 3, 64), False),
     ],
 )  # fmt: skip
 def test_supports(heads: Heads, fits: bool) -> None:
-    assert attention.supports(heads, torch.bfloat16) == fits
-    assert attention.supports(heads, torch.float32) == (fits and heads.dim <= 128)
+    assert attention.supports(heads, torch.bfloat16, torch.bfloat16) == fits
+    assert attention.supports(heads, torch.float32, torch.float32) == (fits and heads.dim <= 128)
+    assert attention.supports(heads, torch.bfloat16, torch.int8) == (fits and heads.dim >= 32)
