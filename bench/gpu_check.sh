@@ -44,9 +44,9 @@ test=(-m pytest -p no:cacheprovider -o "addopts=--import-mode=importlib -q" --du
 together=(tests/gpu --ignore=tests/gpu/test_memory.py)
 "$python" -c 'import xdist' 2>/dev/null && together+=(-n 6) # most of their time goes into compiling
 
-# 528 s in all, with the seconds that killing takes.
+# 534 s in all, with the seconds that killing takes.
 run tests 90 "${test[@]}" "${together[@]}"
-run memory 50 "${test[@]}" tests/gpu/test_memory.py
+run memory 56 "${test[@]}" tests/gpu/test_memory.py
 run engine 165 -m baton.bench.engine --out "$out"
 run pair 105 -m baton.bench.engine.pair --out "$out"
 run kernels 70 -m baton.bench.kernels --sweep --out "$out"

@@ -29,7 +29,7 @@ class Config:
     """How a kernel cuts its work.
 
     rows         of a tile of queries: sequence rows × query heads of a KV head
-    values       of a tile of keys in two bytes or less each: half as many where the pool keeps float32
+    values       of a tile of keys in two bytes or less each: half as many where pool or queries have four
     stages       of the pipeline: one tile of keys and values is computed with, the others are on their way
     resident     programs that shall share a multiprocessor, where the grid is ours to choose
     """
@@ -41,8 +41,8 @@ class Config:
     resident: int = 1
 
     def tokens(self, dim: int, item_bytes: int) -> int:
-        """Of a tile: no fewer than a matrix unit takes."""
-        return min(max(2 * self.values // (dim * max(item_bytes, 2)), 16), 128)
+        """Of a tile: no fewer than a matrix unit takes. `item_bytes`: the larger of the pool's and the queries'."""
+        return min(max(2 * self.values // (dim * item_bytes), 16), 128)
 
 
 PREFILL = Config(rows=128, values=8192, warps=8, stages=3)
@@ -120,7 +120,7 @@ def prefill(
         query, *pool.memory, out, rows.starts[first:], rows.lengths[first:], rows.tables, rows.table_starts[first:],
         sequences, first, _softmax_scale(heads), query.stride(0), out.stride(0), *pool.strides,
         group, heads.dim, pool.block_size, heads.window,
-        config.rows, config.tokens(heads.dim, pool.item_bytes), config.stages,
+        config.rows, config.tokens(heads.dim, max(pool.item_bytes, query.itemsize)), config.stages,
         uniform, pool.pairs, _wide(query.dtype), num_warps=config.warps,
     )  # fmt: skip
     return out
@@ -174,7 +174,7 @@ def verify(
         query, *pool.memory, out, parts, logs, pieces, rows.lengths, rows.tables, rows.table_starts, trees, batch,
         _softmax_scale(heads), query.stride(0) // queries, *pool.strides,
         heads.keys, group, queries, heads.dim, pool.block_size, heads.window, trees is not None,
-        tile_rows, config.tokens(heads.dim, pool.item_bytes), config.stages, _CHUNK,
+        tile_rows, config.tokens(heads.dim, max(pool.item_bytes, query.itemsize)), config.stages, _CHUNK,
         pool.pairs, _wide(query.dtype), num_warps=config.warps,
     )  # fmt: skip
     merged_rows = min(triton.next_power_of_2(queries * group), _MERGED_ROWS)

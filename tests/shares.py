@@ -6,8 +6,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 WHOLE = ("e2e", "ray")
 """Rooms whose files share clusters, which one process starts."""
-SINGLE = ("gpu",)
-"""Rooms whose tests share nothing, and take long to compile their kernels: more processes than there are files help."""
+SINGLE = ("tests/gpu/test_engine.py", "tests/gpu/test_kernels.py")
+"""Files whose tests share nothing, and spend their time on compiling kernels."""
 
 
 class Shares(LoadScopeScheduling):
@@ -16,6 +16,6 @@ class Shares(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         room = file.split("/")[1]
-        if room in SINGLE:
+        if file in SINGLE:
             return nodeid
         return room if room in WHOLE else file
