@@ -18,6 +18,7 @@ cd "$(dirname "$0")/.."
 
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE # some images set it, and float32 is compared with a CPU's
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
 parts=${PARTS:-tests memory engine pair kernels kvtransfer}

@@ -124,9 +124,11 @@ def _attend(
             seen = tl.where(ahead[None, :] < 0, seen, bit != 0)
         score = tl.where(seen & there[None, :], score, LOWEST)
     new_top = tl.maximum(top, tl.max(score, 1))
-    base = tl.where(new_top == LOWEST, 0.0, new_top * softmax_scale)  # a row that has seen nothing yet
-    probability = tl.exp2(score * softmax_scale - base[:, None])
-    shrink = tl.exp2(top * softmax_scale - base)
+    base = tl.where(new_top == LOWEST, 0.0, new_top)  # a row that has seen nothing yet
+    probability = tl.exp2(score * softmax_scale - (base * softmax_scale)[:, None])
+    # The difference first: a row that sees nothing of this tile must shrink by 1 exactly. Of two products, one of which
+    # becomes part of a fused multiply-add, the difference is not 0, and bits would depend on who shares a row's tile.
+    shrink = tl.exp2((top - base) * softmax_scale)
     sum = sum * shrink + tl.sum(probability, 1)
     value = tl.load(elements + element_value + at, mask=there[:, None], other=0)
     result *= shrink[:, None]

@@ -125,3 +125,13 @@ def test_prompts(kernels: Kernels, call: tuple[str, str]) -> None:
     assert "wgmma.mma_async" in prefill.ptx
     if call[1] == "bfloat16":
         assert set(prefill.accesses("cp.async")) == {16}
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call[0] in ("prefill", "deterministic")], ids="-".join)
+def test_a_row_keeps_its_bits_where_it_sees_nothing(kernels: Kernels, call: tuple[str, str]) -> None:
+    """It shrinks by exp2 of a difference that is 0, multiplied later: no fused multiply-add of two products."""
+    ptx = kernels[call]["prefill"].ptx
+    exponents = set(re.findall(r"ex2\.approx\S*\s+%r\d+, (%r\d+)", ptx))
+    differences = set(re.findall(r"sub\.f32\s+(%r\d+),", ptx))
+    scaled = re.findall(r"mul\.f32\s+(%r\d+), (%r\d+), (%r\d+);", ptx)
+    assert [out for out, *factors in scaled if out in exponents and differences.intersection(factors)]
