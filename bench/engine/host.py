@@ -2,8 +2,9 @@
 
 A whole colocated worker runs in this process as it does in its own: the engine loop on one thread, gRPC on the other.
 It decodes `batch` requests with 1k tokens of context in steps that take as long as an H100 needs for them, either for
-nobody or for a router in another process (`streams.py`) that every token is streamed to. Measured are the time of the
-loop's thread, part by part, and how long the device had nothing to do.
+nobody or for a router in another process (`streams.py`) that every token is streamed to; and once more in steps that
+take no time at all. Measured are the time of the loop's thread, part by part, and how long the device had nothing to
+do. Where the loop waits for a device, it comes back to caches that others have used: the same Python then takes longer.
 """
 
 from __future__ import annotations
@@ -182,34 +183,23 @@ _LOOPS = {False: "plain", True: "overlapped"}
 
 
 async def run(steps: int, note: Callable[[str], None]) -> list[Measured]:
-    """All batch sizes, for nobody and served."""
+    """All batch sizes: without a device's time, for nobody, and served."""
     torch.set_num_threads(1)  # there is nothing to compute
     found = []
-    for (batch, step_s), overlap, serve in itertools.product(STEP_S.items(), (False, True), (False, True)):
-        note(f"batch {batch}, {_LOOPS[overlap]} loop, {'served to a router' if serve else 'for nobody'}")
-        found.append(await measure(batch, step_s, steps, overlap, serve))
+    for (batch, step_s), overlap in itertools.product(STEP_S.items(), (False, True)):
+        for seconds, serve in ((0.0, False), (step_s, False), (step_s, True)):
+            note(f"batch {batch}, {_LOOPS[overlap]} loop, {'served to a router' if serve else 'for nobody'}")
+            found.append(await measure(batch, seconds, steps, overlap, serve))
     return found
 
 
-def table(found: Iterable[Measured]) -> Table:
-    """Times in milliseconds a step."""
-    columns = (
-        "batch",
-        "loop",
-        "served",
-        "device",
-        "Python p50",
-        "p99",
-        *PARTS,
-        "loop CPU",
-        "RPC CPU",
-        "idle",
-        "gap p50",
-        "p99",
-    )
-    shown = Table(*columns, title="Python a step, ms")
-    for one in found:
-        window = one.window
+def tables(found: Sequence[Measured]) -> tuple[Table, Table]:
+    """What a step costs, and its parts. Times in milliseconds a step."""
+    names = [_name(one) for one in found]
+    whole = Table("batch, loop", "device", "Python p50", "p99", "loop CPU", "RPC CPU", "idle", "gap p50", "p99")
+    parts = Table("batch, loop", *PARTS, title="mean of its parts")
+    for name, one in zip(names, found, strict=True):
+        window, steps = one.window, one.window.steps
         gap = one.served["gap"] if one.served else {"p50": math.nan, "p99": math.nan}
         times = [
             one.step_s,
@@ -217,24 +207,31 @@ def table(found: Iterable[Measured]) -> Table:
             window.python.p99,
             *(window.parts.get(part, 0.0) / window.steps for part in PARTS),
         ]
-        times += [window.loop_cpu_s / window.steps, window.other_cpu_s / window.steps]
-        cells = [f"{seconds * 1e3:.2f}" for seconds in times]
-        cells += [f"{window.idle_share:.1%}", *(f"{gap[key] * 1e3:.1f}" for key in ("p50", "p99"))]
-        shown.add_row(str(one.batch), _LOOPS[one.overlap], "yes" if one.served else "no", *cells)
-    return shown
+        whole.add_row(name, *map(_ms, times), f"{window.idle_share:.1%}", _ms(gap["p50"]), _ms(gap["p99"]))
+        parts.add_row(name, *(_ms(window.parts.get(part, 0.0) / steps) for part in PARTS))
+    return whole, parts
+
+
+def _name(one: Measured) -> str:
+    how = ", served" if one.served else "" if one.step_s else ", steps of no time"
+    return f"{one.batch} {_LOOPS[one.overlap]}{how}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"
 
 
 def bars(found: Iterable[Measured]) -> dict[str, bool]:
     """What shall hold: the Python of a step at the largest batch, and a device that is hardly ever idle."""
     held = {}
     for one in found:
-        name = f"batch {one.batch}, {_LOOPS[one.overlap]}{', served' if one.served else ''}"
+        name = f"batch {_name(one)}"
         python_s, idle = one.window.python.p50, one.window.idle_share
         if one.batch == max(STEP_S) and not one.served:
             held[f"{name}: {python_s * 1e3:.2f} ms of Python a step, {PYTHON_S * 1e3:.1f} at most"] = (
                 python_s <= PYTHON_S
             )
-        if one.batch > 1 and one.overlap:
+        if one.batch > 1 and one.overlap and one.step_s:
             held[f"{name}: idle for {idle:.1%}, less than {IDLE_SHARE:.0%}"] = idle < IDLE_SHARE
     return held
 
