@@ -190,7 +190,7 @@ def host(
     load_before = _warn_if_busy(console)
     with console.status("") as status:
         found = asyncio.run(measuring.run(steps, status.update))
-    console.print(measuring.table(found))
+    console.print(*measuring.tables(found))
     for bar, held in measuring.bars(found).items():
         console.print(f"{'reached' if held else 'MISSED'}: {bar}")
     if save:

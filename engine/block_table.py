@@ -12,6 +12,7 @@ handover that comes in, say, would find them overwritten. They are parked until 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ class Flight:
     means nothing any more; `parked` are blocks that have to wait for its end."""
 
     gone: set[Sequence] = field(default_factory=set)
-    parked: list[list[int]] = field(default_factory=list)
+    parked: list[array[int]] = field(default_factory=list)
 
 
 class BlockTable:
@@ -79,7 +80,7 @@ class BlockTable:
             self.manager.release(prefix)
             return False
         sequence.blocks = array("i", prefix + self.manager.allocate(fresh))
-        sequence.computed = len(prefix) * self.block_size
+        sequence.computed = sequence.launched = len(prefix) * self.block_size
         self._sequences[sequence.key] = sequence
         return True
 
@@ -118,7 +119,7 @@ class BlockTable:
             self._flights[-1].parked.append(sequence.blocks)
         else:
             self.manager.release(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks = array("i")
         sequence.computed = sequence.launched = sequence.pending = 0
 
     # --- steps ---

@@ -22,7 +22,7 @@ from .model_config import ModelConfig
 from .plan import Launched, OnLayer, Sampled, Slice, StepPlan
 from .rank import MakeAllocator, Rank, load_rank, resolve
 from .rehearsal import rehearsals
-from .sampler import Sampler
+from .sampler import Drawn, Sampler
 from .sequence import Sequence
 from .shard import shard
 from .weights import Progress, weights_digest
@@ -38,16 +38,25 @@ LOADED = 0.8
 
 class TorchRunner:
     """Implements `plan.Runner` on rank 0, which plans and samples for all. Not thread-safe: it belongs to the engine
-    loop. `graphs` computes what it can of the steps, with `drawn`, which is where a step leaves its tokens."""
+    loop.
+
+    drawn     int64, on the device: each step leaves the tokens that it draws there for the next one
+    graphs    what computes the steps that it can, if anything; made with the same `drawn`
+    rows      sequences that sample in one step, for which the sampler takes memory at once
+    """
 
     def __init__(
-        self, rank: Rank, drawn: torch.Tensor, followers: Followers | None = None, graphs: Graphs | None = None
-    ) -> None:
+        self, rank: Rank, drawn: torch.Tensor, followers: Followers | None = None, graphs: Graphs | None = None,
+        rows: int = 0,
+    ) -> None:  # fmt: skip
         self.operations = rank.operations
         self._rank = rank
         self._drawn = drawn
         self._followers = followers
-        self._sampler = Sampler(rank.model_config.eos_ids, rank.model_config.vocab_size, rank.device)
+        self._graphs = graphs
+        self._sampler = Sampler(rank.model_config.eos_ids, rank.model_config.vocab_size, rank.device, rows)
+        self._rows: dict[Sequence, int] = {}  # of `drawn`: who drew there in the step before
+        self._pinned = rank.device.type == "cuda"
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
@@ -63,8 +72,13 @@ class TorchRunner:
             self._followers.send(RUN, *batch.pack())
         try:
             with torch.inference_mode():
-                logits = self._rank.forward(batch, on_layer)
-                sampled = self._sampler.sample(logits, [slices[i] for i in sampling]).results()
+                if self._graphs and fill:
+                    logits = self._graphs.run(batch)[: len(slices)]
+                    self._all_layers(on_layer)
+                else:
+                    logits = self._rank.forward(batch, self._drawn, on_layer)
+                drawn = self._sampler.sample(logits, sampling) if sampling else Drawn.of(self._drawn[:0])
+                self._drawn[: len(sampling)] = drawn.tokens
         except (RuntimeError, IndexError) as error:
             why = f"step of {plan.tokens} tokens failed: {error}"
             if self._followers is None:
@@ -138,11 +152,11 @@ def build_engine(
     if followers is not None:
         followers.wait_for(READY)
     drawn = torch.zeros(config.max_batch_tokens, dtype=torch.int64, device=rank.device)
-    graphs = None
+    graphs, most = None, min(config.max_running, config.max_batch_tokens)
     if rank.graphed:
-        sizes = ladder(min(config.max_running, config.max_batch_tokens))
+        sizes = ladder(most)
         graphs = Graphs(rank, sizes, drawn, CudaCapture(), lambda share: progress(LOADED + (1 - LOADED) * share))
-    runner = TorchRunner(rank, drawn, followers, graphs)
+    runner = TorchRunner(rank, drawn, followers, graphs, most if rank.device.type == "cuda" else 0)
     num_blocks = rank.pool.num_blocks
     batches = ladder(most) if rank.device.type == "cuda" else []
     for plan in rehearsals(config, rank.longest, num_blocks, batches):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from array import array
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING
 
 from ..common.hashing import BlockHash
@@ -45,7 +47,9 @@ class Sequence:
     pending: int = 0
     cached: int = 0
     preemptions: int = 0
+    limit: int = 0
     knobs: Knobs | None = None
+    max_model_len: InitVar[int] = sys.maxsize
 
     def __post_init__(self, max_model_len: int) -> None:
         self.tokens = list(self.request.tokens)

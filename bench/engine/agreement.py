@@ -7,6 +7,7 @@ prefix. So outputs are compared until they part, and where they part, the choice
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Agreement:
 def sequence(number: int, tokens: Listing[int], room: int, logprobs: int | None = None) -> Sequence:
     """A sequence with blocks of its own for `room` tokens, in an order that is not the natural one."""
     count = -(-room // BLOCK)
-    blocks = list(range(number * count, (number + 1) * count))
+    blocks = array("i", range(number * count, (number + 1) * count))
     random.Random(number).shuffle(blocks)
     params = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True, logprobs=logprobs)
     return Sequence(("", number), Request(str(number), tuple(tokens), len(tokens), params), 0, 0.0, 0.0, blocks=blocks)

@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -205,7 +205,8 @@ def tables(found: Sequence[Measured]) -> tuple[Table, Table]:
             one.step_s,
             window.python.p50,
             window.python.p99,
-            *(window.parts.get(part, 0.0) / window.steps for part in PARTS),
+            window.loop_cpu_s / steps,
+            window.other_cpu_s / steps,
         ]
         whole.add_row(name, *map(_ms, times), f"{window.idle_share:.1%}", _ms(gap["p50"]), _ms(gap["p99"]))
         parts.add_row(name, *(_ms(window.parts.get(part, 0.0) / steps) for part in PARTS))

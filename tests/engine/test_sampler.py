@@ -32,7 +32,7 @@ def logits(seed: int = 0, size: int = VOCABULARY) -> torch.Tensor:
 
 
 def slices(*sequences: Sequence) -> list[Slice]:
-    return [Slice(s, len(s.tokens) - 1, 1) for s in sequences]
+    return [Slice.of(s, s.length - 1, 1) for s in sequences]
 
 
 def sample(row: torch.Tensor, *sequences: Sequence) -> list[Sampled]:
