@@ -142,23 +142,39 @@ INLINE void run(sums *s, const uint8_t *from, uint8_t *to, const uint8_t *fetch,
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 
+/* Where segments lie: segment s of piece p begins `stride` times the number of the piece's block, plus `step` times s,
+ * behind `base`. Numbers are below `limit`. */
+typedef struct {
+    uint8_t *base;
+    const int64_t *blocks;
+    int64_t stride, step, limit;
+} places;
+
+INLINE uint8_t *place(const places *at, long piece, long segment)
+{
+    return at->base + at->blocks[piece] * at->stride + segment * at->step;
+}
+
 /* The hardware looks ahead within a page; the next segment may lie anywhere. So a second place runs through the
  * segments, AHEAD in front of the first. Where it enters a segment that will be streamed to, it fetches that one's
  * first line, too: for the address of its page, which takes as long to find as the line. */
-INLINE void pass(const uint8_t *source, const int64_t *source_at, uint8_t *target, const int64_t *target_at,
-                 long pieces, long segments, long size, uint64_t *out, int check, enum put put)
+INLINE void pass(const places *source, const places *target, long pieces, long segments, long size, uint64_t *out,
+                 int check, enum put put)
 {
-    long all = pieces * segments, ahead = AHEAD / size, within = AHEAD % size; /* segment, and byte in it */
+    long within = AHEAD % size, piece_ahead = AHEAD / size / segments, ahead = AHEAD / size % segments;
     for (long piece = 0; piece < pieces; piece++) {
         sums s = begin();
         long done = 0; /* stripes of the running block */
-        for (long i = piece * segments; i < (piece + 1) * segments; i++) {
-            long stop = i + 1 == (piece + 1) * segments ? size - STRIPE : size; /* the piece's last stripe, or none */
+        for (long i = 0; i < segments; i++) {
+            long stop = i + 1 == segments ? size - STRIPE : size; /* the piece's last stripe, or none */
+            const uint8_t *whole = place(source, piece, i);
+            uint8_t *there = put == NOWHERE ? 0 : place(target, piece, i);
             for (long at = 0, stripes; at < size; at += stripes * STRIPE) {
-                const uint8_t *from = source + source_at[i] + at;
-                const uint8_t *fetch = ahead < all ? source + source_at[ahead] + within : from;
-                uint8_t *to = put == NOWHERE ? 0 : target + target_at[i] + at;
-                if (put == STREAMED && ahead < all && within == 0) __builtin_prefetch(target + target_at[ahead], 1);
+                const uint8_t *from = whole + at;
+                const uint8_t *fetch = piece_ahead < pieces ? place(source, piece_ahead, ahead) + within : from;
+                uint8_t *to = there + at;
+                if (put == STREAMED && piece_ahead < pieces && within == 0)
+                    __builtin_prefetch(place(target, piece_ahead, ahead), 1);
                 stripes = least(least(BLOCK - done, (stop - at) / STRIPE), (size - within) / STRIPE);
                 if (at == stop)
                     run(&s, from, to, fetch, stripes = 1, SECRET + FOR_LAST, check, put);
@@ -172,7 +188,10 @@ INLINE void pass(const uint8_t *source, const int64_t *source_at, uint8_t *targe
                 }
                 if ((within += stripes * STRIPE) == size) {
                     within = 0;
-                    ahead++;
+                    if (++ahead == segments) {
+                        ahead = 0;
+                        piece_ahead++;
+                    }
                 }
             }
         }
@@ -180,26 +199,34 @@ INLINE void pass(const uint8_t *source, const int64_t *source_at, uint8_t *targe
     }
 }
 
+static int within(const places *at, long pieces)
+{
+    int outside = 0;
+    for (long i = 0; i < pieces; i++) outside |= (uint64_t)at->blocks[i] >= (uint64_t)at->limit;
+    return !outside;
+}
+
 /* Copy `pieces` of `segments` each to target and put their sums into out. No target: sums only. No out: copy only.
  * Where sums are wanted, size must be a multiple of STRIPE and a piece more than 240 bytes. `streamed` asks for stores
- * past the caches, which are made if all places in the target allow it; size must be a multiple of STRIPE then, too. */
-void move(const uint8_t *source, const int64_t *source_at, uint8_t *target, const int64_t *target_at, long pieces,
-          long segments, long size, int streamed, uint64_t *out)
+ * past the caches, which are made if all places in the target allow it; size must be a multiple of STRIPE then, too.
+ * Returns 0, and has done nothing, where a block's number is not below its limit. */
+int move(const places *source, const places *target, long pieces, long segments, long size, int streamed, uint64_t *out)
 {
-    uintptr_t address = (uintptr_t)target;
-    for (long i = 0; target && i < pieces * segments; i++) address |= (uintptr_t)target + target_at[i];
-    streamed = streamed && address % WIDTH == 0;
+    if (!within(source, pieces) || (target && !within(target, pieces))) return 0;
+    if (target) streamed &= ((uintptr_t)target->base | target->stride | target->step) % WIDTH == 0;
     if (!target) {
-        pass(source, source_at, 0, 0, pieces, segments, size, out, 1, NOWHERE);
+        pass(source, 0, pieces, segments, size, out, 1, NOWHERE);
     } else if (out && !streamed) {
-        pass(source, source_at, target, target_at, pieces, segments, size, out, 1, CACHED);
+        pass(source, target, pieces, segments, size, out, 1, CACHED);
     } else if (!streamed) {
-        for (long i = 0; i < pieces * segments; i++) memcpy(target + target_at[i], source + source_at[i], size);
+        for (long piece = 0; piece < pieces; piece++)
+            for (long i = 0; i < segments; i++) memcpy(place(target, piece, i), place(source, piece, i), size);
     } else {
         if (out)
-            pass(source, source_at, target, target_at, pieces, segments, size, out, 1, STREAMED);
+            pass(source, target, pieces, segments, size, out, 1, STREAMED);
         else
-            pass(source, source_at, target, target_at, pieces, segments, size, out, 0, STREAMED);
+            pass(source, target, pieces, segments, size, out, 0, STREAMED);
         settle();
     }
+    return 1;
 }

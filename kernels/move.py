@@ -1,8 +1,9 @@
 """Copying blocks of KV between two memories of one host, with their checksums in the same pass (`move.c`).
 
-A *piece* is what one checksum covers: `segments` runs of `size` bytes each, which may lie anywhere. Its checksum is
-XXH3-64 with seed 0, as `xxhash.xxh3_64_intdigest` gives it, of the segments one after the other, so the two ends of a
-transfer may cut and place the same bytes differently.
+A *piece* is what one checksum covers: `segments` runs of `size` bytes each, all in one block of a `Grid`. Its checksum
+is XXH3-64 with seed 0, as `xxhash.xxh3_64_intdigest` gives it, of the segments one after the other, so the two ends of
+a transfer may cut and place the same bytes differently. A call takes numbers of blocks and leaves the arithmetic to the
+loop: a frame's Python runs with caches that are full of the frame before it, and costs several times what it seems to.
 
 A plain copy of much memory is bound by memory, not by the processor, so the checksum costs next to nothing there.
 Segments of a multiple of 64 bytes in pieces of more than 240 go this way; all others, and machines without a C
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -29,8 +31,36 @@ log = logging.getLogger(__name__)
 Memory: TypeAlias = NDArray[np.uint8]
 """[bytes], contiguous: a whole memory, such as a mapped KV pool."""
 
-Places: TypeAlias = NDArray[np.int64]
+Offsets: TypeAlias = NDArray[np.int64]
 """[pieces, segments]: where each segment begins, in bytes from the front of its memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A memory as `blocks` blocks, each of which holds `segments` segments of a piece: segment s of block b begins at
+    `begin + b × stride + s × step`, in bytes from the front. None of these is negative."""
+
+    begin: int
+    stride: int
+    step: int
+    segments: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where pieces lie: each in the block of a grid whose number `blocks` [pieces] has."""
+
+    grid: Grid
+    blocks: NDArray[np.int64]
+
+    def offsets(self) -> Offsets:
+        """One by one. Raises `IndexError` where the grid has no such block."""
+        grid = self.grid
+        if self.blocks.size and not 0 <= self.blocks.min() <= self.blocks.max() < grid.blocks:
+            raise IndexError(f"blocks from {self.blocks.min()} to {self.blocks.max()} where there are {grid.blocks}")
+        return (grid.begin + self.blocks * grid.stride)[:, None] + np.arange(grid.segments, dtype=np.int64) * grid.step
+
 
 _SOURCE = Path(__file__).with_name("move.c")
 _STRIPE = 64
@@ -50,63 +80,73 @@ def copy(
     `passing`: the target is read again at once and then of no more use, so that it had best stay in a cache.
 
     The checksums are those of the bytes as they were stored, even if somebody writes to the source meanwhile. Source
-    and target must not overlap; the source may be read-only. Raises `IndexError`, with nothing copied, where a segment
-    does not lie in its memory, and `ValueError` where the arguments do not fit together.
+    and target must not overlap; the source may be read-only. Raises `IndexError`, with nothing copied, where a grid
+    does not fit its memory or has no such block, and `ValueError` where the arguments do not fit together.
     """
-    if source_at.shape != target_at.shape:
-        raise ValueError(f"segments from places {source_at.shape} to places {target_at.shape}")
+    pieces, segments = source_at.blocks.size, source_at.grid.segments
+    if (pieces, segments) != (target_at.blocks.size, target_at.grid.segments):
+        raise ValueError(
+            f"{pieces} × {segments} segments to {target_at.blocks.size} × {target_at.grid.segments} places"
+        )
     if not target.flags.writeable:
         raise ValueError("the target is read-only")
-    source_at, target_at = _places(source, source_at, size), _places(target, target_at, size)
-    sums = np.zeros(len(source_at), np.uint64)
+    source_there, target_there = _there(source, source_at, size), _there(target, target_at, size)
+    sums = np.zeros(pieces, np.uint64)
     library = _library()
-    if library is None or (checked and not _fits(source_at, size)):
-        for one, other in zip(source_at.flat, target_at.flat, strict=True):
+    if library is None or (checked and not _fits(segments, size)):
+        into = target_at.offsets()
+        for one, other in zip(source_at.offsets().flat, into.flat, strict=True):
             target[other : other + size] = source[one : one + size]
-        return _plain_checksums(target, target_at, size) if checked else sums
-    streamed = not passing and source_at.size * size > _STREAM_FROM and size % _STRIPE == 0
-    library.move(
-        *(source.ctypes.data, source_at.ctypes.data, target.ctypes.data, target_at.ctypes.data),
-        *(*source_at.shape, size, streamed, sums.ctypes.data if checked else None),
-    )
+        return _plain_checksums(target, into, size) if checked else sums
+    streamed = not passing and pieces * segments * size > _STREAM_FROM and size % _STRIPE == 0
+    wanted = sums.ctypes.data if checked else None
+    if not library.move(source_there, target_there, pieces, segments, size, streamed, wanted):
+        source_at.offsets(), target_at.offsets()  # one of the two says what is wrong
     return sums
 
 
 def checksums(source: Memory, source_at: Places, size: int) -> NDArray[np.uint64]:
     """[pieces] checksums, as `copy` would return them. Raises `IndexError` and `ValueError` as it does."""
-    source_at = _places(source, source_at, size)
+    pieces, segments = source_at.blocks.size, source_at.grid.segments
+    there = _there(source, source_at, size)
     library = _library()
-    if library is None or not _fits(source_at, size):
-        return _plain_checksums(source, source_at, size)
-    sums = np.zeros(len(source_at), np.uint64)
-    library.move(
-        *(source.ctypes.data, source_at.ctypes.data, None, None),
-        *(*source_at.shape, size, False, sums.ctypes.data),
-    )
+    if library is None or not _fits(segments, size):
+        return _plain_checksums(source, source_at.offsets(), size)
+    sums = np.zeros(pieces, np.uint64)
+    if not library.move(there, None, pieces, segments, size, False, sums.ctypes.data):
+        source_at.offsets()
     return sums
 
 
-def _places(memory: Memory, places: Places, size: int) -> Places:
-    """`places` as the compiled loop reads them: dense, and all within the memory."""
+class _Places(ctypes.Structure):
+    """`places` in move.c."""
+
+    _fields_ = (
+        ("base", ctypes.c_void_p), ("blocks", ctypes.c_void_p),
+        ("stride", ctypes.c_int64), ("step", ctypes.c_int64), ("limit", ctypes.c_int64),
+    )  # fmt: skip
+
+
+def _there(memory: Memory, at: Places, size: int) -> _Places:
+    """`at` as the compiled loop reads it; the whole grid is within the memory."""
+    grid, blocks = at.grid, at.blocks
     if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
         raise ValueError(f"a memory is contiguous bytes, not {memory.dtype} {memory.shape}")
-    if places.dtype != np.int64 or places.ndim != 2 or size < 0:
-        raise ValueError(f"segments are int64 [pieces, segments], not {places.dtype} {places.shape}, of size {size}")
-    places = np.ascontiguousarray(places)
-    # Read as unsigned, a place before the front is one far behind the end.
-    if places.size and not int(places.view(np.uint64).max()) <= memory.size - size:
-        raise IndexError(
-            f"segments of {size} bytes from {places.min()} to {places.max()} in a memory of {memory.size} bytes"
-        )
-    return places
+    if blocks.dtype != np.int64 or blocks.ndim != 1 or not blocks.flags.c_contiguous:
+        raise ValueError(f"numbers of blocks are contiguous int64 [pieces], not {blocks.dtype} {blocks.shape}")
+    if min(grid.begin, grid.stride, grid.step, grid.segments, grid.blocks, size) < 0:
+        raise ValueError(f"{grid} of segments of {size} bytes")
+    if grid.begin + (grid.blocks - 1) * grid.stride + (grid.segments - 1) * grid.step + size > memory.size:
+        raise IndexError(f"{grid} of segments of {size} bytes in a memory of {memory.size} bytes")
+    return _Places(memory.ctypes.data + grid.begin, blocks.ctypes.data, grid.stride, grid.step, grid.blocks)
 
 
-def _fits(places: Places, size: int) -> bool:
-    """Whether the compiled loop can sum these pieces."""
-    return size % _STRIPE == 0 and places.shape[1] * size > _LONG_PIECE
+def _fits(segments: int, size: int) -> bool:
+    """Whether the compiled loop can sum such pieces."""
+    return size % _STRIPE == 0 and segments * size > _LONG_PIECE
 
 
-def _plain_checksums(memory: Memory, places: Places, size: int) -> NDArray[np.uint64]:
+def _plain_checksums(memory: Memory, places: Offsets, size: int) -> NDArray[np.uint64]:
     sums = np.empty(len(places), np.uint64)
     for piece, segments in enumerate(places):
         state = xxhash.xxh3_64()
@@ -125,7 +165,6 @@ def _library(*flags: str) -> ctypes.CDLL | None:
     except OSError as error:
         log.warning("the compiled copy is not available, a slower one is used: %s", error)
         return None
-    pointer, long = ctypes.c_void_p, ctypes.c_long
-    library.move.argtypes = (pointer, pointer, pointer, pointer, long, long, long, ctypes.c_int, pointer)
-    library.move.restype = None
+    at, long = ctypes.POINTER(_Places), ctypes.c_long
+    library.move.argtypes = (at, at, long, long, long, ctypes.c_int, ctypes.c_void_p)
     return library

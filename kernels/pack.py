@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from . import move
-from .move import Places
+from .move import Grid, Offsets, Places
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ Launch = Callable[..., torch.Tensor]
 
 
 def copy(
-    source: torch.Tensor, source_at: Places, target: torch.Tensor, target_at: Places, size: int, *,
+    source: torch.Tensor, source_at: Offsets, target: torch.Tensor, target_at: Offsets, size: int, *,
     checked: bool = True, programs: int = PROGRAMS,
 ) -> torch.Tensor:  # fmt: skip
     """Copy each piece's segments of `size` bytes between flat uint8 tensors and return [pieces] checksums as int64 on
@@ -61,7 +61,7 @@ def copy(
     return _sums(data) if checked else torch.zeros(len(data), dtype=torch.int64, device=data.device)
 
 
-def checksums(source: torch.Tensor, source_at: Places, size: int, *, programs: int = PROGRAMS) -> torch.Tensor:
+def checksums(source: torch.Tensor, source_at: Offsets, size: int, *, programs: int = PROGRAMS) -> torch.Tensor:
     """[pieces] checksums, as `copy` would return them. Raises as it does."""
     _within(source, source_at, size)
     if source.device.type == "cuda" and _suits(source, source_at, size):
@@ -77,7 +77,7 @@ def compiled() -> bool:
     return _kernels() is not None
 
 
-def _within(memory: torch.Tensor, places: Places, size: int) -> None:
+def _within(memory: torch.Tensor, places: Offsets, size: int) -> None:
     if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
         raise ValueError(f"a memory is contiguous bytes, not {memory.dtype} {tuple(memory.shape)}")
     if places.dtype != np.int64 or places.ndim != 2 or size < 0:
@@ -88,7 +88,7 @@ def _within(memory: torch.Tensor, places: Places, size: int) -> None:
         )
 
 
-def _suits(memory: torch.Tensor, places: Places, size: int) -> bool:
+def _suits(memory: torch.Tensor, places: Offsets, size: int) -> bool:
     """Whether the kernels can do it: whole stripes, summed as XXH3 sums what is long, aligned."""
     if places.size == 0 or size % _STRIPE or places.shape[1] * size <= _LONG_PIECE or memory.numel() % _WORD:
         return False
@@ -112,7 +112,7 @@ def _kernels() -> Launch | None:
 # --- in plain torch ---
 
 
-def _rows(memory: torch.Tensor, places: Places, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(memory: torch.Tensor, places: Offsets, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`memory` as rows [rows, bytes] as long as they can be if each segment is to be a run of whole rows, and which
     rows [segments × rows of a segment] the segments are."""
     unit = int(np.gcd.reduce(places, axis=None, initial=size)) or 1
@@ -121,7 +121,7 @@ def _rows(memory: torch.Tensor, places: Places, size: int) -> tuple[torch.Tensor
     return rows, torch.from_numpy(index.reshape(-1)).to(memory.device)
 
 
-def _gather(memory: torch.Tensor, places: Places, size: int) -> torch.Tensor:
+def _gather(memory: torch.Tensor, places: Offsets, size: int) -> torch.Tensor:
     """[pieces, segments × size]: a copy."""
     rows, index = _rows(memory, places, size)
     return rows.index_select(0, index).view(len(places), places.shape[1] * size)
@@ -129,6 +129,7 @@ def _gather(memory: torch.Tensor, places: Places, size: int) -> torch.Tensor:
 
 def _sums(data: torch.Tensor) -> torch.Tensor:
     """Of rows [pieces, bytes], by the processor."""
-    at = np.arange(len(data), dtype=np.int64)[:, None] * data.shape[1]
-    sums = move.checksums(data.reshape(-1).cpu().numpy(), at, data.shape[1])
+    rows = Grid(0, data.shape[1], 0, 1, len(data))
+    every = Places(rows, np.arange(len(data), dtype=np.int64))
+    sums = move.checksums(data.reshape(-1).cpu().numpy(), every, data.shape[1])
     return torch.from_numpy(sums.view(np.int64)).to(data.device)

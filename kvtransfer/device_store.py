@@ -23,7 +23,8 @@ from ..common.errors import TransportFailed
 from ..common.kv_format import SCALE_BYTES, KvFormat
 from ..kernels import pack
 from ..kernels.convert import convert_rows
-from .layout import Cut, Offsets, Route, as_kept, in_payload, in_pool, piece_bytes, tokens_of
+from ..kernels.move import Places
+from .layout import Cut, Route, as_kept, in_payload, in_pool, piece_bytes, tokens_of
 from .transport import Mark
 from .wire import Checksums
 
@@ -124,16 +125,17 @@ class DeviceStore:
             raise TransportFailed(f"the device failed: {error}") from error
 
     def _copy(
-        self, source: torch.Tensor, source_at: Offsets, target: torch.Tensor, target_at: Offsets, size: int
+        self, source: torch.Tensor, source_at: Places, target: torch.Tensor, target_at: Places, size: int
     ) -> torch.Tensor:
         return pack.copy(
-            source, source_at, target, target_at, size, checked=self.checked, programs=self._programs
+            *(source, source_at.offsets(), target, target_at.offsets(), size),
+            checked=self.checked, programs=self._programs,
         )  # fmt: skip
 
-    def _sums(self, memory: torch.Tensor, at: Offsets, size: int) -> torch.Tensor:
+    def _sums(self, memory: torch.Tensor, at: Places, size: int) -> torch.Tensor:
         if not self.checked:
-            return torch.zeros(len(at), dtype=torch.int64, device=memory.device)
-        return pack.checksums(memory, at, size, programs=self._programs)
+            return torch.zeros(at.blocks.size, dtype=torch.int64, device=memory.device)
+        return pack.checksums(memory, at.offsets(), size, programs=self._programs)
 
     def _done(self, sums: torch.Tensor) -> Checksums:
         """The sums, for which all that was asked for before has been waited for."""
@@ -148,7 +150,7 @@ class DeviceStore:
             return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.memory.device)
         return torch.frombuffer(data, dtype=torch.uint8).to(self.memory.device, non_blocking=True)
 
-    def _at(self, layer: int, blocks: Sequence[int], head: int, heads: int) -> Offsets:
+    def _at(self, layer: int, blocks: Sequence[int], head: int, heads: int) -> Places:
         return in_pool(self.format, self.num_blocks, layer, blocks, head, heads)
 
     def _recut(self, layer: int, part: Cut, route: Route, target: KvFormat) -> torch.Tensor:

@@ -6,6 +6,7 @@ as they are; the target copies them and then looks whether the slot still says s
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -76,7 +77,8 @@ class FetchGiver:
             slot = self._slots[handover_id] = self._shared.claim(handover_id)
         sums = self._store.checksums(layer, part.blocks, self._route)
         size = part.count * self._piece
-        return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes(), part.blocks, slot)
+        blocks = array("q", part.blocks).tobytes()
+        return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes(), blocks, slot)
 
     def give(self, header: FrameHeader) -> None:
         self._link.send(header)
@@ -108,16 +110,15 @@ class FetchTaker:
         """Everything is there already."""
 
     def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
-        if len(header.blocks) != header.count:
+        if not header.blocks:
             raise HandoverFailed("the frame does not say which blocks to fetch")
-        if max(header.blocks) >= self._peer.num_blocks:
-            raise HandoverFailed(f"the source has no block {max(header.blocks)}")
+        theirs = array("q", header.blocks)
         try:
             sums = store.fetch(
-                self._peer.memory, self._format, self._peer.num_blocks, header.layer, header.blocks, blocks, route
+                self._peer.memory, self._format, self._peer.num_blocks, header.layer, theirs, blocks, route
             )
-        except IndexError as error:  # it told others that it keeps its KV in another way
-            raise HandoverFailed(f"heads that the source does not have: {error}") from error
+        except IndexError as error:  # blocks, or heads if it told others that it keeps its KV in another way
+            raise HandoverFailed(f"what the source does not have: {error}") from error
         if not self._peer.kept(header.slot, header.handover_id):
             raise HandoverFailed("the source gave the blocks up while they were copied")
         return sums

@@ -69,11 +69,11 @@ class HostStore:
         half = piece_bytes(self.format, route) // 2
         return move.copy(peer, source, self.memory, target, half, checked=self.checked)
 
-    def _at(self, layer: int, blocks: Sequence[int], head: int, heads: int) -> NDArray[np.int64]:
+    def _at(self, layer: int, blocks: Sequence[int], head: int, heads: int) -> move.Places:
         return in_pool(self.format, self.num_blocks, layer, blocks, head, heads)
 
-    def _sums(self, memory: Bytes, at: NDArray[np.int64], size: int) -> Checksums:
-        return move.checksums(memory, at, size) if self.checked else np.zeros(len(at), dtype=np.uint64)
+    def _sums(self, memory: Bytes, at: move.Places, size: int) -> Checksums:
+        return move.checksums(memory, at, size) if self.checked else np.zeros(at.blocks.size, dtype=np.uint64)
 
     def _recut(self, layer: int, part: Cut, route: Route, target: KvFormat) -> Bytes:
         """Rows of the target's length and type: [pieces × 2 × heads, bytes of a row]."""

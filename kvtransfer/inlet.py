@@ -9,6 +9,7 @@ at once.
 from __future__ import annotations
 
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class _Reservation:
 
     attempt: int
     first: int
-    blocks: tuple[int, ...]
+    blocks: array[int]
     routes: dict[int, tuple[int, Route]]
     arrived: NDArray[np.bool_]
     settled: Mark
@@ -67,7 +68,7 @@ class RankInlet:
     def open(self, key: HandoverKey, attempt: int, source: KvFormat, first: int, blocks: Sequence[int]) -> None:
         mine = [r for r in routes(source, self._store.format) if r.target_rank == self._store.rank]
         reservation = _Reservation(
-            attempt, first, tuple(blocks), {r.source_rank: (i, r) for i, r in enumerate(mine)},
+            attempt, first, array("q", blocks), {r.source_rank: (i, r) for i, r in enumerate(mine)},
             np.zeros((len(mine), self._store.format.num_layers, len(blocks)), dtype=np.bool_), self._store.mark(),
         )  # fmt: skip
         with self._opened:

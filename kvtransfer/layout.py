@@ -9,6 +9,7 @@ With equal tensor parallelism a piece is a whole block. Intersecting the heads o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import FingerprintMismatch
 from ..common.kv_format import KvFormat
-
-Offsets = NDArray[np.int64]
+from ..kernels.move import Grid, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +66,18 @@ def as_kept(source: KvFormat, target: KvFormat) -> bool:
     return (source.block_size, source.dtype) == (target.block_size, target.dtype)
 
 
-def in_pool(format: KvFormat, num_blocks: int, layer: int, blocks: Sequence[int], head: int, heads: int) -> Offsets:
-    """Where the pieces of these blocks lie in a pool of one rank: byte offsets [blocks, 2] of their K and V halves,
-    each `heads × row_bytes` long, from `head` on of the rank's own heads."""
-    size, rows = format.block_bytes, np.asarray(blocks, dtype=np.int64)
-    places = np.empty((len(blocks), 2), dtype=np.int64)
-    places[:, 0] = (rows + layer * num_blocks) * size + head * format.row_bytes
-    places[:, 1] = places[:, 0] + size // 2
-    return places
+def in_pool(format: KvFormat, num_blocks: int, layer: int, blocks: Sequence[int], head: int, heads: int) -> Places:
+    """Where the pieces of these blocks lie in a pool of one rank: their K and V halves, each `heads × row_bytes` long,
+    from `head` on of the rank's own heads."""
+    size = format.block_bytes
+    begin = layer * num_blocks * size + head * format.row_bytes
+    return Places(Grid(begin, size, size // 2, 2, num_blocks), np.asarray(blocks, dtype=np.int64))
 
 
-def in_payload(count: int, piece: int) -> Offsets:
-    """Where the halves of `count` pieces lie that follow each other: byte offsets [count, 2]."""
-    return np.arange(2 * count, dtype=np.int64).reshape(count, 2) * (piece // 2)
+@functools.lru_cache
+def in_payload(count: int, piece: int) -> Places:
+    """Where the halves of `count` pieces lie that follow each other."""
+    return Places(Grid(0, piece, piece // 2, 2, count), np.arange(count, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class Cut:
     """Blocks of the source that cover `count` blocks of the target: where block sizes differ, the first target block
     begins `offset` tokens into the first source block."""
 
-    blocks: tuple[int, ...]
+    blocks: Sequence[int]
     offset: int
     count: int
 
@@ -113,7 +112,7 @@ def split(part: Cut, source_size: int, target_size: int, most: int) -> Iterator[
         yield i, Cut(blocks, begin % source_size, count)
 
 
-def tokens_of(part: Cut, source_size: int, target_size: int) -> tuple[Offsets, Offsets]:
+def tokens_of(part: Cut, source_size: int, target_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Block number and slot in it, for each token of the target's blocks, in order. Tokens beyond the source's last
     block (the target's last block is larger than what is left) repeat its last slot: nobody reads them."""
     tokens = part.offset + np.arange(part.count * target_size, dtype=np.int64)

@@ -13,9 +13,10 @@ import logging
 import math
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..common.clock import Clock
 from ..common.config import HandoverConfig
@@ -96,12 +97,10 @@ class LaneOutlet:
         if self._staged:
             computed = self._store.mark()
             for offer in self._staged:
-                self._put(offer, layer, computed)
+                self._put(offer, range(layer, layer + 1), computed)
 
     def offer(self, offer: Offer) -> None:
-        computed = self._store.mark()
-        for layer in range(self._store.format.num_layers):
-            self._put(offer, layer, computed)
+        self._put(offer, range(self._store.format.num_layers), self._store.mark())
 
     def close(self, handover_id: int) -> None:
         transfer = self._transfers.pop(handover_id, None)
@@ -139,13 +138,13 @@ class LaneOutlet:
             self._failed.setdefault(event.target, {})[event.transport] = math.inf if event.lasting else now + AVOIDED_S
         self._broken(event)
 
-    def _put(self, offer: Offer, layer: int, computed: Mark) -> None:
+    def _put(self, offer: Offer, layers: range, computed: Mark) -> None:
         transfer = self._transfers.get(offer.handover_id)
         if transfer is None:  # it was closed while its step was planned
             return
-        self.trace.computed(offer.handover_id, layer)
+        self.trace.computed(offer.handover_id, layers)
         for lane in transfer.lanes:
-            lane.put(transfer, offer, layer, computed)
+            lane.put(transfer, offer, layers, computed)
 
     def _lane(self, target: Endpoint, route: Route, transport: str) -> _Lane:
         key = (target.ref, route.target_rank, transport)
@@ -174,19 +173,18 @@ def _outdated(ref: WorkerRef, failed: dict[str, float], target: WorkerRef, now: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
-    """One frame to be made, of blocks that are as they should be from `computed` on."""
+class _Share:
+    """What a lane is given of an offer: blocks that are as they should be, in these layers, from `computed` on."""
 
     transfer: _Transfer
-    layer: int
-    first: int
-    cut: Cut
+    offer: Offer
+    layers: range
     computed: Mark
 
 
 class _Lane:
-    """A queue of frames to one rank of one target, and the two threads that empty it: one sends, one counts credits.
-    The queue's length is bounded by the handovers that the target has granted."""
+    """A queue of what is to be sent to one rank of one target, and the two threads that empty it: one sends, one counts
+    credits. The queue's length is bounded by the handovers that the target has granted."""
 
     def __init__(
         self, store: Store, config: HandoverConfig, target: Endpoint, route: Route, transport: str,
@@ -204,7 +202,7 @@ class _Lane:
         self._piece = piece_bytes(target.format, route)
         frame = min(config.frame_bytes, MAX_FRAME, STAGED_BYTES.get(transport, MAX_FRAME))
         self._run_of = min(MAX_PIECES, max(1, frame // self._piece))
-        self._queue: deque[_Frame] = deque()
+        self._queue: deque[_Share] = deque()
         self._under_way: deque[tuple[_Transfer, int]] = deque()
         self._window = config.window_frames * max(1, config.frame_bytes // max(frame, self._piece))
         self._change = threading.Condition()
@@ -213,15 +211,17 @@ class _Lane:
         self._threads = [threading.Thread(target=self._run, name=f"lane to {target.ref.name}", daemon=True)]
         self._threads[0].start()
 
+    @property
+    def _ended(self) -> bool:
+        return self._stopped or self.dead
+
     # --- called by the engine loop ---
 
-    def put(self, transfer: _Transfer, offer: Offer, layer: int, computed: Mark) -> None:
-        sizes = (self._store.format.block_size, self._target.format.block_size)
-        parts = split(offer.cut, *sizes, self._run_of)
-        frames = [_Frame(transfer, layer, offer.first + i, part, computed) for i, part in parts]
-        transfer.put += len(frames)
+    def put(self, transfer: _Transfer, offer: Offer, layers: range, computed: Mark) -> None:
+        """The first bytes leave at once, so the frames are made by the thread that sends them."""
+        transfer.put += len(layers) * math.ceil(offer.cut.count / self._run_of)
         with self._change:
-            self._queue.extend(frames)
+            self._queue.append(_Share(transfer, offer, layers, computed))
             self._change.notify_all()
 
     def withdraw(self, handover_id: int) -> None:
@@ -249,8 +249,8 @@ class _Lane:
             counting = threading.Thread(target=self._count, args=(giver,), name="credits", daemon=True)
             counting.start()
             self._threads.append(counting)
-            while (frame := self._next()) is not None:
-                self._send(giver, frame)
+            while (share := self._next()) is not None:
+                self._send_all(giver, share)
         if self._giver is not None:
             self._giver.close()
             for thread in self._threads[1:]:
@@ -267,27 +267,39 @@ class _Lane:
             log.warning("no lane to %s by %s: %s", self._target.ref.name, self._transport, error)
             raise
 
-    def _next(self) -> _Frame | None:
-        """The next frame, once there is one and the window has room for it. None: stop."""
+    def _next(self) -> _Share | None:
+        """What is to be sent next, once there is anything. None: stop."""
         with self._change:
-            self._change.wait_for(lambda: self._queue or self._stopped or self.dead)
-            if not self._change.wait_for(
-                lambda: len(self._under_way) < self._window or self._stopped or self.dead, self._patience
-            ):
-                raise WorkerLost(f"{self._window} frames are under way and no answer comes")
-            return None if self._stopped or self.dead else self._queue.popleft()
+            self._change.wait_for(lambda: self._queue or self._ended)
+            return None if self._ended else self._queue.popleft()
 
-    def _send(self, giver: Giver, frame: _Frame) -> None:
-        transfer = frame.transfer
-        frame.computed()  # without the lock, which the engine loop may want
+    def _send_all(self, giver: Giver, share: _Share) -> None:
+        cut = replace(share.offer.cut, blocks=array("q", share.offer.cut.blocks))  # which is cut and sent in no time
+        parts = list(split(cut, self._store.format.block_size, self._target.format.block_size, self._run_of))
+        share.computed()  # without the lock, which the engine loop may want
+        for layer in share.layers:
+            for i, part in parts:
+                if not (self._has_room() and self._send(giver, share.transfer, layer, share.offer.first + i, part)):
+                    return
+
+    def _has_room(self) -> bool:
+        """Wait until the window has room for a frame. False: stop."""
+        with self._change:
+            if not self._change.wait_for(lambda: len(self._under_way) < self._window or self._ended, self._patience):
+                raise WorkerLost(f"{self._window} frames are under way and no answer comes")
+            return not self._ended
+
+    def _send(self, giver: Giver, transfer: _Transfer, layer: int, first: int, part: Cut) -> bool:
+        """Whether the handover is still open."""
         with transfer.lock:
             if not transfer.open:
-                return
-            header = giver.prepare(transfer.id, transfer.attempt, frame.layer, frame.first, frame.cut)
-        self._trace.left(transfer.id, frame.layer)
+                return False
+            header = giver.prepare(transfer.id, transfer.attempt, layer, first, part)
+        self._trace.left(transfer.id, layer)
         with self._change:
             self._under_way.append((transfer, header.size))
         giver.give(header)
+        return True
 
     # --- the counting thread ---
 

@@ -73,25 +73,34 @@ class ProcessGroups:
         return torch.cuda.stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
 
 
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """Bytes as a group takes them, and as a store does: memory of the host as a buffer, a device's as it is."""
+
+    data: torch.Tensor
+    stored: Any
+
+    @classmethod
+    def of(cls, data: torch.Tensor) -> _Buffer:
+        return cls(data, data.numpy().data if data.device.type == "cpu" else data)
+
+
 class _Staging:
     """Buffers that take turns, on the pool's device."""
 
     def __init__(self, device: torch.device, count: int) -> None:
-        self._device = device
-        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device)] * count
+        self._whole = [torch.empty(0, dtype=torch.uint8, device=device)] * count
+        self._fitting = [_Buffer.of(whole) for whole in self._whole]
         self._turn = 0
 
-    def next(self, size: int) -> torch.Tensor:
+    def next(self, size: int) -> _Buffer:
         """`size` bytes, which stay as they are until all other buffers have had their turns."""
-        self._turn = (self._turn + 1) % len(self._buffers)
-        if self._buffers[self._turn].numel() < size:
-            self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return self._buffers[self._turn][:size]
-
-
-def _as_store_takes(data: torch.Tensor) -> Any:
-    """Memory of the host as a buffer; of a device, as it is."""
-    return data.numpy().data if data.device.type == "cpu" else data
+        turn = self._turn = (self._turn + 1) % len(self._whole)
+        if self._fitting[turn].data.numel() != size:  # most frames are of one size
+            if self._whole[turn].numel() < size:
+                self._whole[turn] = self._whole[turn].new_empty(size)
+            self._fitting[turn] = _Buffer.of(self._whole[turn][:size])
+        return self._fitting[turn]
 
 
 class GroupGiver:
@@ -116,7 +125,7 @@ class GroupGiver:
         size = part.count * self._piece
         with self._stream:
             self._packed = self._staging.next(size)
-            sums = self._store.pack(layer, part, self._route, self._target, _as_store_takes(self._packed))
+            sums = self._store.pack(layer, part, self._route, self._target, self._packed.stored)
         return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes())
 
     def give(self, header: FrameHeader) -> None:
@@ -124,7 +133,7 @@ class GroupGiver:
         self._link.send(header)
         with self._stream:
             pair = self._pair or self._meet()
-            before, self._before = self._before, pair.send(self._packed)
+            before, self._before = self._before, pair.send(self._packed.data)
             if before is not None:
                 before()
 
@@ -169,8 +178,8 @@ class GroupTaker:
         self._connection = connection
         self._stream = groups.side_stream()
         self._staging = _Staging(groups.device, _AHEAD + 1)
-        self._coming: deque[tuple[torch.Tensor, Done]] = deque()
-        self._data = self._staging.next(0)
+        self._coming: deque[tuple[_Buffer, Done]] = deque()
+        self._came = self._staging.next(0)
         self._pair: Pair | None = None
         self._watcher: threading.Thread | None = None
 
@@ -179,14 +188,14 @@ class GroupTaker:
             pair = self._pair or self._meet()
             for due in (header, *waiting_headers(self._connection, _AHEAD))[len(self._coming) :]:
                 self._let_come(pair, due)
-            self._data, arrived = self._coming.popleft()
+            self._came, arrived = self._coming.popleft()
             arrived()
 
     def _let_come(self, pair: Pair, header: FrameHeader) -> None:
         if header.size > MAX_FRAME:
             raise HandoverFailed(f"a frame of {header.size} bytes")
-        data = self._staging.next(header.size)
-        self._coming.append((data, pair.receive(data)))
+        buffer = self._staging.next(header.size)
+        self._coming.append((buffer, pair.receive(buffer.data)))
 
     def _meet(self) -> Pair:
         pair = self._pair = self._groups.pair(self._connection, source=False)
@@ -197,7 +206,7 @@ class GroupTaker:
 
     def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
         with self._stream:
-            return store.unpack(header.layer, blocks, route, _as_store_takes(self._data))
+            return store.unpack(header.layer, blocks, route, self._came.stored)
 
     def close(self) -> None:
         sockets.hang_up(self._connection)

@@ -18,13 +18,15 @@ class TransferTrace:
         self.computed_at: OrderedDict[int, dict[int, float]] = OrderedDict()
         self.left_at: OrderedDict[int, dict[int, float]] = OrderedDict()
 
-    def computed(self, handover_id: int, layer: int) -> None:
-        self._record(self.computed_at, handover_id, layer)
+    def computed(self, handover_id: int, layers: range) -> None:
+        self._record(self.computed_at, handover_id, layers)
 
     def left(self, handover_id: int, layer: int) -> None:
-        self._record(self.left_at, handover_id, layer)
+        self._record(self.left_at, handover_id, range(layer, layer + 1))
 
-    def _record(self, log: OrderedDict[int, dict[int, float]], handover_id: int, layer: int) -> None:
-        log.setdefault(handover_id, {}).setdefault(layer, self._clock.now())
+    def _record(self, log: OrderedDict[int, dict[int, float]], handover_id: int, layers: range) -> None:
+        now, those = self._clock.now(), log.setdefault(handover_id, {})
+        for layer in layers:
+            those.setdefault(layer, now)
         if len(log) > KEPT:
             log.popitem(last=False)

@@ -32,7 +32,7 @@ Checksums = NDArray[np.uint64]
 class FrameHeader:
     """checksums   XXH3-64 of each of the `count` pieces, 8 bytes each, little-endian; 0 where checking is off
     size        bytes of all pieces together
-    blocks      on transports that fetch: the source's blocks, one for each piece
+    blocks      on transports that fetch: the source's blocks, one for each piece, int64 as their machine has it
     slot        on transports that fetch: where the source says for how long those blocks stay as they are
     """
 
@@ -43,12 +43,12 @@ class FrameHeader:
     count: int
     size: int
     checksums: bytes
-    blocks: tuple[int, ...] = ()
+    blocks: bytes = b""
     slot: int = 0
 
 
 _fields = attrgetter(*(field.name for field in fields(FrameHeader)))
-"""In their order. `astuple` would copy every block of a frame."""
+"""In their order. `astuple` would take its time."""
 
 
 def pack(header: FrameHeader) -> bytes:
@@ -60,14 +60,14 @@ def unpack(data: bytes | memoryview) -> FrameHeader:
     """Raises `HandoverFailed` on anything that is not a header."""
     try:
         handover_id, attempt, layer, first, count, size, checksums, blocks, slot = msgpack.unpackb(data, use_list=False)
-        if type(blocks) is not tuple or type(checksums) is not bytes:
+        if type(blocks) is not bytes or type(checksums) is not bytes:
             raise ValueError("a field is not what it should be")
-        numbers = (handover_id, attempt, layer, first, count, size, slot, *blocks)
+        numbers = (handover_id, attempt, layer, first, count, size, slot)
         if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 1 << 63:
             raise ValueError("a number is not what it should be")
         header = FrameHeader(handover_id, attempt, layer, first, count, size, checksums, blocks, slot)
-        if header.count == 0 or len(checksums) != 8 * header.count or len(blocks) not in (0, header.count):
-            raise ValueError(f"{header.count} pieces, {len(checksums)} bytes of checksums, {len(blocks)} blocks")
+        if header.count == 0 or len(checksums) != 8 * header.count or len(blocks) not in (0, 8 * header.count):
+            raise ValueError(f"{header.count} pieces, {len(checksums)} bytes of checksums, {len(blocks)} of blocks")
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise HandoverFailed(f"not the header of a frame: {error}") from error
     return header

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...kernels import pack, row_kernels
-from ...kernels.move import Places
+from ...kernels.move import Offsets
 from ...kernels.reference import TorchOps
 from ..timing import sets_beyond_cache
 from .cases import Case, relative_error
@@ -102,7 +102,7 @@ def packing(shape: Shape, device: torch.device) -> Iterator[Case]:
     source = torch.randint(0, 256, (count * half,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
-    def error(here: Places, there: Places) -> float:
+    def error(here: Offsets, there: Offsets) -> float:
         target.fill_(85)
         pack.copy(source, here, target, there, half)
         pieces = source.view(-1, half)[torch.from_numpy(here.ravel() // half).to(device)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import socket
 import time
+from collections import deque
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -45,26 +47,31 @@ def _libc_copy(source: Bytes, target: Bytes) -> None:
     ctypes.memmove(target.ctypes.data, source.ctypes.data, source.size)
 
 
+def small(size: int) -> Bytes:
+    """A buffer to send from, or to receive into, over and over."""
+    return np.zeros(size, dtype=np.uint8)
+
+
 class Receiver:
     """The target's end of a plain stream."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server((HOST, 0))
         self.port: int = self._listener.getsockname()[1]
-        self._buffer = bytearray(CHUNK)
 
     def accept(self) -> None:
         self._listener.settimeout(TIMEOUT_S)
         self._connection, _ = self._listener.accept()
 
-    def receive(self, size: int) -> float:
-        """When the last byte was there."""
-        into = memoryview(self._buffer)
-        while size:
-            count = self._connection.recv_into(into)
+    def receive(self, memory: Bytes, size: int) -> float:
+        """When the last byte was there. Fills `memory` from front to back, and then again."""
+        done = 0
+        while done < size:
+            at = done % memory.size
+            count = self._connection.recv_into(memory[at : at + CHUNK].data)
             if count == 0:
                 raise ConnectionError("the source hung up")
-            size -= count
+            done += count
         return time.monotonic()
 
 
@@ -75,14 +82,11 @@ class Sender:
         self._connection = socket.create_connection((HOST, port), TIMEOUT_S)
         self._connection.setblocking(True)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._buffer = bytes(CHUNK)
 
-    def send(self, size: int) -> None:
-        whole = memoryview(self._buffer)
-        while size:
-            part = whole[: min(size, CHUNK)]
-            self._connection.sendall(part)
-            size -= len(part)
+    def send(self, memory: Bytes, size: int) -> None:
+        """`size` bytes: `memory` from front to back, and then again."""
+        for part in _parts(memory, size, CHUNK):
+            self._connection.sendall(part.data)
 
 
 class Group:
@@ -101,11 +105,21 @@ class Group:
         """Returns when the other end has joined, too."""
         self._group = _c10d.ProcessGroupGloo(self._store, self._rank, 2, self._options)
 
-    def move(self, size: int, message: int) -> float:
-        """Send or receive `size` bytes in messages of `message` bytes; when the last was through."""
-        buffer = torch.zeros(message, dtype=torch.uint8)
-        for at in range(0, size, message):
-            part = [buffer[: min(message, size - at)]]
-            work = self._group.send(part, 1, 0) if self._rank == 0 else self._group.recv(part, 0, 0)
-            work.wait()
+    def move(self, memory: Bytes, size: int, message: int, depth: int = 1) -> float:
+        """Send or receive `size` bytes in messages of `message` bytes: `memory` from front to back, and then again.
+        When the last was through."""
+        under_way: deque[Any] = deque()
+        for part in _parts(memory, size, message):
+            data = [torch.from_numpy(part)]
+            under_way.append(self._group.send(data, 1, 0) if self._rank == 0 else self._group.recv(data, 0, 0))
+            if len(under_way) >= depth:
+                under_way.popleft().wait()
+        while under_way:
+            under_way.popleft().wait()
         return time.monotonic()
+
+
+def _parts(memory: Bytes, size: int, each: int) -> Iterator[Bytes]:
+    for done in range(0, size, each):
+        at = done % memory.size
+        yield memory[at : at + min(each, size - done)]

@@ -101,35 +101,44 @@ class Pair:
         )
 
     def limit(self, medium: str) -> float:
-        """Seconds of the same bytes over a bare medium."""
-        match medium:
-            case "memcpy":
-                return float(self._remote.ask("memcpy", self._ends[True].plane.door["shm"], self.size))
-            case "socket":
-                return self._plain_stream()
-            case _:
-                return self._bare_gloo(HandoverConfig().frame_bytes)
+        """Seconds of the same bytes over a bare medium: out of the source's pool into the target's, both from front to
+        back, so that nothing has to be gathered or scattered."""
+        if medium == "memcpy":
+            return float(self._remote.ask("memcpy", self._ends[True].plane.door["shm"], self.size))
+        return self._stream(medium, warm=False)
 
-    def _plain_stream(self) -> float:
+    def warm(self, medium: str) -> float | None:
+        """Seconds of as many bytes over a bare medium from one small buffer into another, which stay in the caches: no
+        transfer of a pool can be as fast. None: a medium that is the memory itself."""
+        return None if medium == "memcpy" else self._stream(medium, warm=True)
+
+    def _stream(self, medium: str, warm: bool) -> float:
+        if medium == "socket":
+            return self._plain_stream(warm)
+        return self._bare_gloo(min(HandoverConfig().frame_bytes, self._num_blocks * self._format.block_bytes), warm)
+
+    def _plain_stream(self, warm: bool) -> float:
         if self._sender is None:
             port = self._remote.ask("socket")
             self._remote.tell("accept")
             self._sender = raw.Sender(port)
             self._remote.answer()
-        self._remote.tell("receive", self.size)
+        memory = raw.small(raw.CHUNK) if warm else self._pool.memory
+        self._remote.tell("receive", self.size, warm)
         begin = time.monotonic()
-        self._sender.send(self.size)
+        self._sender.send(memory, self.size)
         return float(self._remote.answer()) - begin
 
-    def _bare_gloo(self, message: int) -> float:
+    def _bare_gloo(self, message: int, warm: bool, depth: int = 1) -> float:
         if self._group is None:
             self._group = raw.Group(0, 0)
             self._remote.tell("group", self._group.port)
             self._group.join()
             self._remote.answer()
-        self._remote.tell("group_receive", self.size, message)
+        memory = raw.small(message) if warm else self._pool.memory
+        self._remote.tell("group_receive", self.size, message, warm, depth)
         begin = time.monotonic()
-        self._group.move(self.size, message)
+        self._group.move(memory, self.size, message, depth)
         return float(self._remote.answer()) - begin
 
     def close(self) -> None:

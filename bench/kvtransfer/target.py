@@ -75,16 +75,16 @@ class Target:
     def accept(self) -> None:
         self._receiver.accept()
 
-    def receive(self, size: int) -> float:
-        return self._receiver.receive(size)
+    def receive(self, size: int, warm: bool) -> float:
+        return self._receiver.receive(raw.small(raw.CHUNK) if warm else self._pool.memory, size)
 
     def group(self, port: int) -> None:
         self._group = raw.Group(1, port)
         self._group.join()
 
-    def group_receive(self, size: int, message: int) -> float:
+    def group_receive(self, size: int, message: int, warm: bool, depth: int = 1) -> float:
         assert self._group is not None
-        return self._group.move(size, message)
+        return self._group.move(raw.small(message) if warm else self._pool.memory, size, message, depth)
 
     def close(self) -> None:
         self._group = None

@@ -42,16 +42,35 @@ def aligned(size: int, shift: int = 0) -> move.Memory:
     return memory[begin : begin + size]
 
 
-def expected_checksums(memory: move.Memory, places: move.Places, size: int) -> list[int]:
-    return [xxhash.xxh3_64_intdigest(b"".join(bytes(memory[at : at + size]) for at in piece)) for piece in places]
+def expected_checksums(memory: move.Memory, at: move.Places, size: int) -> list[int]:
+    return [
+        xxhash.xxh3_64_intdigest(b"".join(bytes(memory[begin : begin + size]) for begin in piece))
+        for piece in at.offsets()
+    ]
+
+
+def every(stride: int, blocks: int) -> move.Places:
+    """All blocks of a grid, of one segment each."""
+    return move.Places(move.Grid(0, stride, 0, 1, blocks), np.arange(blocks))
 
 
 def scattered(pieces: int, segments: int, size: int, seed: int, step: int) -> tuple[move.Places, move.Places]:
     """Places in MEMORY, which may overlap, and in a target of their size with gaps, which do not."""
     random = np.random.default_rng(seed)
-    count, stride = pieces * segments, -(-(size + 1) // step) * step
-    source_at = random.integers(0, MEMORY.size - size + 1, (pieces, segments))
-    return source_at, random.permutation(count).reshape(pieces, segments) * stride
+    count = pieces + 2
+    begin, *strides = (int(n) for n in random.integers(0, (MEMORY.size - size) // (count + segments + 1), 3))
+    source_at = move.Places(move.Grid(begin, *strides, segments, count), random.integers(0, count, pieces))
+    apart = -(-(size + 1) // step) * step
+    target = move.Grid(0, segments * apart, apart, segments, pieces)
+    return source_at, move.Places(target, random.permutation(pieces))
+
+
+def test_places_one_by_one() -> None:
+    at = move.Places(move.Grid(100, 30, 7, 2, 4), np.array([3, 0]))
+    assert at.offsets().tolist() == [[190, 197], [100, 107]]
+    for wrong in (4, -1):
+        with pytest.raises(IndexError, match="where there are 4"):
+            move.Places(at.grid, np.array([0, wrong])).offsets()
 
 
 # Hypothesis and a fixture that changes between examples do not go together; this one is the same for all of them.
@@ -66,7 +85,7 @@ def copies_are_right(
     source_at, target_at = scattered(pieces, segments, size, seed, step)
     target = aligned(pieces * segments * (size + step) + 1, shift)
     expected = target.copy()
-    for one, other in zip(source_at.flat, target_at.flat, strict=True):
+    for one, other in zip(source_at.offsets().flat, target_at.offsets().flat, strict=True):
         expected[other : other + size] = MEMORY[one : one + size]
     sums = move.copy(MEMORY, source_at, target, target_at, size, checked=checked, passing=passing)
     assert np.array_equal(target, expected), "these bytes, and no others"
@@ -96,7 +115,7 @@ def test_memory_of_another_process_that_may_only_be_read(way: None, tmp_path: Pa
     file.write_bytes(MEMORY.tobytes())
     with file.open("rb") as handle:
         source = np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    places, target = np.array([[0, 4096], [8192, 640]]), aligned(16_384)
+    places, target = move.Places(move.Grid(64, 4096, 1024, 2, 3), np.array([2, 0])), aligned(16_384)
     sums = move.copy(source, places, target, places, 1024)
     assert sums.tolist() == move.checksums(source, places, 1024).tolist() == expected_checksums(MEMORY, places, 1024)
     with pytest.raises(ValueError, match="read-only"):
@@ -104,41 +123,54 @@ def test_memory_of_another_process_that_may_only_be_read(way: None, tmp_path: Pa
 
 
 @pytest.mark.parametrize("size", [64, 100, 1024])
-@pytest.mark.parametrize("wrong", [-1, 8192, 1 << 62, -(1 << 62)])
-def test_a_place_outside_is_refused_before_anything_is_copied(way: None, size: int, wrong: int) -> None:
-    memory = MEMORY[: 8191 + size].copy()
-    good, bad, target = np.array([[0], [8191]]), np.array([[0], [wrong]]), aligned(8191 + size)
+@pytest.mark.parametrize("wrong", [-1, 4, 1 << 62, -(1 << 62), -(1 << 63)])
+def test_a_block_that_is_not_there_is_refused_before_anything_is_copied(way: None, size: int, wrong: int) -> None:
+    grid = move.Grid(7, 2048, 0, 1, 4)
+    memory = MEMORY[: 7 + 3 * 2048 + size].copy()  # holds the grid, and not a byte more
+    good, bad = (move.Places(grid, np.array([0, last])) for last in (3, wrong))
+    target = np.zeros_like(memory)
     for source_at, target_at in ((good, bad), (bad, good)):
-        with pytest.raises(IndexError, match=f"{wrong} in a memory|{wrong} to"):
+        with pytest.raises(IndexError, match=f"{wrong} to|to {wrong}"):
             move.copy(memory, source_at, target, target_at, size)
     with pytest.raises(IndexError):
         move.checksums(memory, bad, size)
     assert not target.any()
     move.copy(memory, good, target, good, size)
-    assert target[8191:].tolist() == memory[8191:].tolist()
+    assert target[-size:].tolist() == memory[-size:].tolist()
 
 
-def test_a_segment_larger_than_the_memory_is_refused(way: None) -> None:
-    with pytest.raises(IndexError):
-        move.checksums(MEMORY, np.array([[0]]), MEMORY.size + 1)
+@pytest.mark.parametrize("grid", [(0, 64, 0, 1, 65), (1, 64, 0, 1, 64), (0, 63, 64, 2, 64), (1 << 62, 64, 0, 1, 1)])
+def test_a_grid_larger_than_its_memory_is_refused(way: None, grid: tuple[int, int, int, int, int]) -> None:
+    memory, first = aligned(64 * 64), np.zeros(1, np.int64)
+    good, bad = (move.Places(move.Grid(*g), first) for g in ((0, 64, 0, grid[3], 1), grid))
+    for source_at, target_at in ((good, bad), (bad, good)):
+        with pytest.raises(IndexError, match="in a memory of 4096 bytes"):
+            move.copy(memory, source_at, aligned(64 * 64), target_at, 64)
+    with pytest.raises(IndexError, match="in a memory"):
+        move.checksums(memory, bad, 64)
 
 
 def test_arguments_that_do_not_fit_together() -> None:
-    places, target = np.array([[0]]), aligned(4096)
-    with pytest.raises(ValueError, match="to places"):
-        move.copy(MEMORY, places, target, np.array([[0, 64]]), 64)
+    at, target = every(64, 1), aligned(4096)
+    with pytest.raises(ValueError, match="to 2 × 1 places"):
+        move.copy(MEMORY, at, target, every(64, 2), 64)
+    with pytest.raises(ValueError, match="to 1 × 2 places"):
+        move.copy(MEMORY, at, target, move.Places(move.Grid(0, 64, 0, 2, 1), at.blocks), 64)
     with pytest.raises(ValueError, match="contiguous bytes"):
-        move.checksums(MEMORY[::2], places, 64)
+        move.checksums(MEMORY[::2], at, 64)
     with pytest.raises(ValueError, match="contiguous bytes"):
-        move.checksums(MEMORY.view(np.int8), places, 64)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="int64"):
-        move.checksums(MEMORY, places.astype(np.int32), 64)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="size -1"):
-        move.checksums(MEMORY, places, -1)
+        move.checksums(MEMORY.view(np.int8), at, 64)  # type: ignore[arg-type]
+    for blocks in (at.blocks.astype(np.int32), np.arange(4)[::2], at.blocks[None]):
+        with pytest.raises(ValueError, match="int64"):
+            move.checksums(MEMORY, move.Places(at.grid, blocks), 64)
+    with pytest.raises(ValueError, match="-1 bytes"):
+        move.checksums(MEMORY, at, -1)
+    with pytest.raises(ValueError, match="stride=-64"):
+        move.checksums(MEMORY, move.Places(move.Grid(64, -64, 0, 1, 2), at.blocks), 64)
 
 
 def test_several_threads_at_once(way: None) -> None:
-    places = np.arange(0, 262_144, 4096).reshape(8, 8)
+    places = move.Places(move.Grid(0, 32_768, 4096, 8, 8), np.arange(8))
     right, found = expected_checksums(MEMORY, places, 4096), []
 
     def work() -> None:
@@ -163,8 +195,7 @@ def test_without_a_compiler_there_is_a_line_in_the_log(
 
 def test_a_hint_to_stream_is_not_followed_where_the_target_is_not_aligned() -> None:
     """Streaming stores to such an address would end the process."""
-    places = np.arange(0, 262_144, 4096).reshape(64, 1)
-    target = aligned(MEMORY.size, shift=8)
+    places, target = every(4096, 64), aligned(MEMORY.size, shift=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(move, "_STREAM_FROM", 0)
         move.copy(MEMORY, places, target, places, 4096)
@@ -173,9 +204,9 @@ def test_a_hint_to_stream_is_not_followed_where_the_target_is_not_aligned() -> N
 
 def test_what_is_read_again_at_once_stays_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     streamed: list[bool] = []
-    spy = SimpleNamespace(move=lambda *arguments: streamed.append(arguments[7]))
+    spy = SimpleNamespace(move=lambda *arguments: streamed.append(arguments[5]) or True)
     monkeypatch.setattr(move, "_library", lambda: spy)
-    memory, places = aligned(move._STREAM_FROM + 64), np.array([[0]])
+    memory, places = aligned(move._STREAM_FROM + 64), every(64, 1)
     for passing in (False, True):
         move.copy(memory, places, memory, places, memory.size, passing=passing)
     assert streamed == [True, False]

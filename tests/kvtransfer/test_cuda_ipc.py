@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def source(driver: HostDriver) -> CudaMemory:
 def frame(source: CudaMemory, slot: int, blocks: tuple[int, ...], handover_id: int = 7) -> FrameHeader:
     sums = DeviceStore(source.memory, FORMAT, 0, BLOCKS).checksums(1, blocks, WHOLE)
     size = len(blocks) * piece_bytes(FORMAT, WHOLE)
-    return FrameHeader(handover_id, 1, 1, 0, len(blocks), size, sums.tobytes(), blocks, slot)
+    return FrameHeader(handover_id, 1, 1, 0, len(blocks), size, sums.tobytes(), array("q", blocks).tobytes(), slot)
 
 
 def test_a_peer_fetches_what_is_vouched_for(driver: HostDriver, source: CudaMemory) -> None:
@@ -96,8 +97,10 @@ def test_what_is_given_up_while_it_is_copied_does_not_count(driver: HostDriver, 
 def test_blocks_that_the_source_does_not_have_are_refused(driver: HostDriver, source: CudaMemory) -> None:
     store = DeviceStore(torch.zeros(SIZE, dtype=torch.uint8), FORMAT, 0, BLOCKS)
     taker = FetchTaker(source.peer(source.address(BLOCKS), FORMAT), FORMAT)
-    header = FrameHeader(7, 1, 0, 0, 1, piece_bytes(FORMAT, WHOLE), bytes(8), (BLOCKS,), source.claim(7))
-    with pytest.raises(HandoverFailed, match="no block"):
+    header = FrameHeader(
+        7, 1, 0, 0, 1, piece_bytes(FORMAT, WHOLE), bytes(8), array("q", [BLOCKS]).tobytes(), source.claim(7)
+    )
+    with pytest.raises(HandoverFailed, match="does not have"):
         taker.land(store, header, (0,), WHOLE)
     assert not store.memory.any()
 

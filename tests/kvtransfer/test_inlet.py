@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -218,12 +219,20 @@ def test_a_source_of_two_ranks_is_complete_with_both(pool: ToyPool, posted: list
 
 
 def test_headers_travel_whole() -> None:
-    header = FrameHeader(5, 1, 2, 3, 2, 64, b"0123456789abcdef", (7, 9), 11)
+    header = FrameHeader(5, 1, 2, 3, 2, 64, b"0123456789abcdef", array("q", [7, 9]).tobytes(), 11)
     assert wire.unpack(wire.pack(header)) == header
 
 
 @pytest.mark.parametrize(
-    "junk", [b"", b"abc", b"\xff\xff\xff\xff", b"\xc1", wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, b"short"))]
+    "junk",
+    [
+        b"",
+        b"abc",
+        b"\xff\xff\xff\xff",
+        b"\xc1",
+        wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, b"short")),
+        wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, bytes(16), bytes(15))),
+    ],
 )
 def test_junk_is_a_typed_error(junk: bytes) -> None:
     with pytest.raises(HandoverFailed):

@@ -89,7 +89,7 @@ def test_pieces_carry_the_heads_to_their_place(
             half = piece_bytes(target, route) // 2
             sources = in_pool(source, num, layer, theirs, route.source_head, route.heads)
             targets = in_pool(target, num, layer, ours, route.target_head, route.heads)
-            for a, b in zip(sources.reshape(-1), targets.reshape(-1), strict=True):
+            for a, b in zip(sources.offsets().flat, targets.offsets().flat, strict=True):
                 pool[b : b + half] = pools[route.source_rank][a : a + half]
                 written[b : b + half] += 1
         shaped = pool.reshape(2, num, 2, target.heads_per_rank, target.row_bytes)
@@ -120,4 +120,4 @@ def test_cuts_name_every_token_of_the_target_blocks(
 
 
 def test_payload_offsets_follow_each_other() -> None:
-    assert in_payload(3, 10).tolist() == [[0, 5], [10, 15], [20, 25]]
+    assert in_payload(3, 10).offsets().tolist() == [[0, 5], [10, 15], [20, 25]]

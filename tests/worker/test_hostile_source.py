@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import socket
+from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -217,8 +218,10 @@ async def test_doors_that_are_no_shared_pool(scene: Scene, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"blocks": (8,)}, {"blocks": (2**62,)}, {"blocks": ()}, {"slot": 4096}, {"slot": 2**62}, {"slot": 3}]
-)
+    "wrong",
+    [*({"blocks": array("q", [b]).tobytes()} for b in (8, -1, 2**62)), {"blocks": b""}, {"slot": 4096},
+     {"slot": 2**62}, {"slot": 3}],
+)  # fmt: skip
 async def test_frames_of_shared_memory_that_point_elsewhere(scene: Scene, wrong: dict[str, Any]) -> None:
     theirs = ToyPool(8)
     slot = theirs.shared.claim(1)
@@ -227,7 +230,7 @@ async def test_frames_of_shared_memory_that_point_elsewhere(scene: Scene, wrong:
         blocks = await control.reserved(1)
         before = scene.held(blocks)
         sums = theirs.store.checksums(0, [5], Route(0, 0, 0, 0, 1)).tobytes()
-        header = replace(FrameHeader(1, 1, 0, 0, 1, PIECE, sums, (5,), slot), **wrong)
+        header = replace(FrameHeader(1, 1, 0, 0, 1, PIECE, sums, array("q", [5]).tobytes(), slot), **wrong)
         with lane(scene.worker, greeting(scene.worker, transport="shm", door=theirs.shared.address(8))) as evil:
             assert await asyncio.to_thread(evil.answer) == ""
             assert await asyncio.to_thread(evil.frame, wire.pack(header))
