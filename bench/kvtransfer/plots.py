@@ -53,10 +53,14 @@ def _speed(speeds: Sequence[Speed]) -> Any:
         tokens = [s.tokens for s in those]
         left.plot(tokens, [s.gb_per_s for s in those], marker="o", label=name, color=colour)
         left.plot(tokens, [s.limit_gb_per_s for s in those], ls="--", lw=1, color=colour)
+        if all(s.warm for s in those):
+            left.plot(tokens, [s.warm_gb_per_s for s in those], ls=":", lw=1, color=colour)
     left.set_xscale("log", base=2)
     sizes = sorted({s.tokens for s in speeds})
     left.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    left.set(xlabel="tokens", ylabel="GB/s (dashed: the medium's limit)", ylim=(0, None))
+    note = "dashed: the medium's limit, pool to pool\ndotted: from one small buffer to another"
+    left.set(xlabel="tokens", ylabel="GB/s", ylim=(0, None), title=note)
+    left.title.set_fontsize(8)
     left.legend(frameon=False, fontsize=8)
     _groups(right, speeds, lambda s: 100 * s.share)
     right.axhline(100, ls="--", lw=1, color="#888888")

@@ -26,7 +26,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One transport at one size. An entry for each round; seconds. `limit`: the same bytes over the bare medium."""
+    """One transport at one size. An entry for each round; seconds. `limit` and `warm`: as `Pair` has them."""
 
     transport: str
     medium: str
@@ -35,6 +35,7 @@ class Speed:
     handover: list[float]
     unchecked: list[float]
     limit: list[float]
+    warm: list[float]
 
     @property
     def gb_per_s(self) -> float:
@@ -45,14 +46,27 @@ class Speed:
         return self.size / statistics.median(self.limit) / 1e9
 
     @property
+    def warm_gb_per_s(self) -> float:
+        return self.size / statistics.median(self.warm) / 1e9
+
+    @property
     def share(self) -> float:
         """Of the limit: the median of the rounds' ratios."""
-        return statistics.median(limit / ours for limit, ours in zip(self.limit, self.handover, strict=True))
+        return _ratio(self.limit, self.handover)
+
+    @property
+    def warm_share(self) -> float | None:
+        """Of what the medium does between two small buffers, where it is not the memory itself."""
+        return _ratio(self.warm, self.handover) if self.warm else None
 
     @property
     def checksums(self) -> float:
         """What they cost, as a share of a handover: below 0 where noise is more."""
-        return 1 - statistics.median(u / c for c, u in zip(self.handover, self.unchecked, strict=True))
+        return 1 - _ratio(self.unchecked, self.handover)
+
+
+def _ratio(some: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(some, others, strict=True))
 
 
 class Pair:
@@ -167,15 +181,16 @@ def measure(format: KvFormat, tokens: int, rounds: int, note: Note, only: Collec
     """Every transport that two processes here have, at one size."""
     with pair(format, tokens) as both:
         names = [name for name in both.transports if name in only]
-        speeds = [Speed(name, raw.LIMITS[name], tokens, both.size, [], [], []) for name in names]
+        speeds = [Speed(name, raw.LIMITS[name], tokens, both.size, [], [], [], []) for name in names]
         for turn in range(rounds + 1):
             for speed in speeds:
                 note(f"{speed.transport}, {tokens} tokens, round {turn} of {rounds}")
-                limit = both.limit(speed.medium)
+                limit, warm = both.limit(speed.medium), both.warm(speed.medium)
                 handover = both.handover(speed.transport, True)
                 unchecked = both.handover(speed.transport, False)
                 if turn:  # the first was for warming up
                     speed.limit.append(limit)
+                    speed.warm.extend([] if warm is None else [warm])
                     speed.handover.append(handover)
                     speed.unchecked.append(unchecked)
         return speeds

@@ -101,12 +101,20 @@ def tables(results: Results) -> list[Table]:
     made = []
     if results.speeds:
         table = Table(
-            "transport", "tokens", "GB/s", "limit", "GB/s", "share", "checksums", title="from the first offer"
+            "transport",
+            "tokens",
+            "GB/s",
+            "limit",
+            "GB/s",
+            "share",
+            "of warm buffers",
+            "checksums",
+            title="from the first offer",
         )
         for s in results.speeds:
             table.add_row(
                 s.transport, str(s.tokens), f"{s.gb_per_s:.2f}", s.medium, f"{s.limit_gb_per_s:.2f}", f"{s.share:.0%}",
-                f"{s.checksums:+.1%}",
+                "" if s.warm_share is None else f"{s.warm_share:.0%}", f"{s.checksums:+.1%}",
             )  # fmt: skip
         made.append(table)
     if results.stalls:
@@ -133,7 +141,7 @@ def document(results: Results) -> dict[str, Any]:
     return {
         "speed": [
             asdict(s) | {"gb_per_s": s.gb_per_s, "limit_gb_per_s": s.limit_gb_per_s, "share": s.share,
-                         "checksum_share": s.checksums}
+                         "warm_share": s.warm_share, "checksum_share": s.checksums}
             for s in results.speeds
         ],
         "hiding": asdict(results.hiding) | {"share": results.hiding.share} if results.hiding else None,

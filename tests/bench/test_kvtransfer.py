@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from baton.bench import record
 from baton.bench.cli import app
 from baton.bench.kvtransfer import plots, speed, suite
-from baton.bench.kvtransfer.end import scattered
+from baton.bench.kvtransfer.end import layer_hash, scattered
 from baton.bench.kvtransfer.hiding import Hiding
 from baton.bench.kvtransfer.speed import Speed
 from baton.bench.kvtransfer.stall import Stall, Window, gaps
@@ -22,7 +22,7 @@ TINY = KvFormat(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="
 
 
 def a_speed(transport: str, tokens: int, handover: float, unchecked: float) -> Speed:
-    return Speed(transport, "medium", tokens, 10**9, [handover] * 3, [unchecked] * 3, [0.5] * 3)
+    return Speed(transport, "medium", tokens, 10**9, [handover] * 3, [unchecked] * 3, [0.5] * 3, [])
 
 
 @pytest.fixture
@@ -43,8 +43,11 @@ def test_the_order_of_blocks_is_a_permutation() -> None:
 
 
 def test_a_share_is_the_median_of_the_rounds_ratios() -> None:
-    measured = Speed("shm", "memcpy", 1024, 3 * 10**9, [1.0, 2.0, 8.0], [0.9, 2.0, 6.0], [0.8, 1.9, 2.0])
+    measured = Speed(
+        "shm", "memcpy", 1024, 3 * 10**9, [1.0, 2.0, 8.0], [0.9, 2.0, 6.0], [0.8, 1.9, 2.0], [0.7, 1.0, 0.8]
+    )
     assert measured.share == 0.8 and measured.gb_per_s == 1.5
+    assert measured.warm_share == 0.5 and a_speed("shm", 1024, 0.55, 0.54).warm_share is None
     assert measured.checksums == pytest.approx(0.1)
 
 
@@ -86,6 +89,17 @@ def test_bytes_cross_by_every_transport_and_arrive_as_they_were() -> None:
                 assert both.handover(transport, checked) > 0
                 assert both.same(), transport
         assert all(both.limit(medium) > 0 for medium in ("memcpy", "socket", "gloo"))
+        assert both.warm("socket") and both.warm("gloo") and both.warm("memcpy") is None
+
+
+@pytest.mark.parametrize("medium", ["memcpy", "socket", "gloo"])
+def test_a_limit_is_that_of_the_same_bytes(medium: str) -> None:
+    """Out of all of the one pool into all of the other, so that memory is read and written as for a handover."""
+    with speed.pair(TINY, tokens=128) as both:
+        both.limit(medium)
+        theirs = scattered(8, seed=2)
+        for layer in range(TINY.num_layers):
+            assert both._remote.ask("content", layer, 8) == layer_hash(both._pool, TINY, theirs, layer)
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +113,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
         ("shm", 16, 2), ("tcp", 16, 2), ("shm", 32, 1), ("tcp", 32, 1),
     ]  # fmt: skip
     assert all(s["share"] > 0 for s in measured) and document["results"]["stall"] == []
+    assert [s["warm_share"] is not None for s in measured] == [False, True, False, True]
     assert (tmp_path / "kv-speed.png").exists()
 
 
