@@ -179,7 +179,7 @@ class GroupTaker:
         self._stream = groups.side_stream()
         self._staging = _Staging(groups.device, _AHEAD + 1)
         self._coming: deque[tuple[_Buffer, Done]] = deque()
-        self._came = self._staging.next(0)
+        self._data = self._staging.next(0).stored
         self._pair: Pair | None = None
         self._watcher: threading.Thread | None = None
 
@@ -188,7 +188,8 @@ class GroupTaker:
             pair = self._pair or self._meet()
             for due in (header, *waiting_headers(self._connection, _AHEAD))[len(self._coming) :]:
                 self._let_come(pair, due)
-            self._came, arrived = self._coming.popleft()
+            buffer, arrived = self._coming.popleft()
+            self._data = buffer.stored
             arrived()
 
     def _let_come(self, pair: Pair, header: FrameHeader) -> None:
@@ -206,7 +207,7 @@ class GroupTaker:
 
     def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
         with self._stream:
-            return store.unpack(header.layer, blocks, route, self._came.stored)
+            return store.unpack(header.layer, blocks, route, self._data)
 
     def close(self) -> None:
         sockets.hang_up(self._connection)
