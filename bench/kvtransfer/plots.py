@@ -14,6 +14,9 @@ from .speed import Speed
 from .stall import Stall, percentile
 from .suite import Results
 
+_STYLES = """dashed: the medium's limit, pool to pool; dotted: from one small buffer to another;
+dash-dotted: the limit with two messages under way"""
+
 
 def draw(folder: Path, name: str, results: Results) -> list[Path]:
     """Write NAME-speed.png and so on; what was not measured is left out. Raises `BatonError` without matplotlib."""
@@ -53,14 +56,15 @@ def _speed(speeds: Sequence[Speed]) -> Any:
         tokens = [s.tokens for s in those]
         left.plot(tokens, [s.gb_per_s for s in those], marker="o", label=name, color=colour)
         left.plot(tokens, [s.limit_gb_per_s for s in those], ls="--", lw=1, color=colour)
-        if all(s.warm for s in those):
-            left.plot(tokens, [s.warm_gb_per_s for s in those], ls=":", lw=1, color=colour)
+        for way, style in (("warm", ":"), ("two", "-.")):
+            if all(way in s.beside for s in those):
+                rates = [s.gb_per_s / s.other_shares[way] for s in those]
+                left.plot(tokens, rates, ls=style, lw=1, color=colour)
     left.set_xscale("log", base=2)
     sizes = sorted({s.tokens for s in speeds})
     left.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    note = "dashed: the medium's limit, pool to pool\ndotted: from one small buffer to another"
-    left.set(xlabel="tokens", ylabel="GB/s", ylim=(0, None), title=note)
-    left.title.set_fontsize(8)
+    left.set(xlabel="tokens", ylabel="GB/s", ylim=(0, None))
+    left.set_title(_STYLES, fontsize=7)
     left.legend(frameon=False, fontsize=8)
     _groups(right, speeds, lambda s: 100 * s.share)
     right.axhline(100, ls="--", lw=1, color="#888888")

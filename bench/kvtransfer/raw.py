@@ -105,17 +105,17 @@ class Group:
         """Returns when the other end has joined, too."""
         self._group = _c10d.ProcessGroupGloo(self._store, self._rank, 2, self._options)
 
-    def move(self, memory: Bytes, size: int, message: int, depth: int = 1) -> float:
-        """Send or receive `size` bytes in messages of `message` bytes: `memory` from front to back, and then again.
-        When the last was through."""
-        under_way: deque[Any] = deque()
+    def move(self, memory: Bytes, size: int, message: int, under_way: int) -> float:
+        """Send or receive `size` bytes in messages of `message` bytes, so many of them under way at a time: `memory`
+        from front to back, and then again. When the last was through."""
+        begun: deque[Any] = deque()
         for part in _parts(memory, size, message):
             data = [torch.from_numpy(part)]
-            under_way.append(self._group.send(data, 1, 0) if self._rank == 0 else self._group.recv(data, 0, 0))
-            if len(under_way) >= depth:
-                under_way.popleft().wait()
-        while under_way:
-            under_way.popleft().wait()
+            begun.append(self._group.send(data, 1, 0) if self._rank == 0 else self._group.recv(data, 0, 0))
+            if len(begun) == under_way:
+                begun.popleft().wait()
+        while begun:
+            begun.popleft().wait()
         return time.monotonic()
 
 

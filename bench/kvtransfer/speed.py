@@ -26,7 +26,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One transport at one size. An entry for each round; seconds. `limit` and `warm`: as `Pair` has them."""
+    """One transport at one size. An entry for each round; seconds. `limit` and `beside`: as `Pair` has them."""
 
     transport: str
     medium: str
@@ -35,7 +35,7 @@ class Speed:
     handover: list[float]
     unchecked: list[float]
     limit: list[float]
-    warm: list[float]
+    beside: dict[str, list[float]]
 
     @property
     def gb_per_s(self) -> float:
@@ -46,18 +46,14 @@ class Speed:
         return self.size / statistics.median(self.limit) / 1e9
 
     @property
-    def warm_gb_per_s(self) -> float:
-        return self.size / statistics.median(self.warm) / 1e9
-
-    @property
     def share(self) -> float:
         """Of the limit: the median of the rounds' ratios."""
         return _ratio(self.limit, self.handover)
 
     @property
-    def warm_share(self) -> float | None:
-        """Of what the medium does between two small buffers, where it is not the memory itself."""
-        return _ratio(self.warm, self.handover) if self.warm else None
+    def other_shares(self) -> dict[str, float]:
+        """Of what the medium does in other ways."""
+        return {way: _ratio(seconds, self.handover) for way, seconds in self.beside.items()}
 
     @property
     def checksums(self) -> float:
@@ -117,19 +113,27 @@ class Pair:
     def limit(self, medium: str) -> float:
         """Seconds of the same bytes over a bare medium: out of the source's pool into the target's, both from front to
         back, so that nothing has to be gathered or scattered."""
-        if medium == "memcpy":
-            return float(self._remote.ask("memcpy", self._ends[True].plane.door["shm"], self.size))
-        return self._stream(medium, warm=False)
+        match medium:
+            case "memcpy":
+                return float(self._remote.ask("memcpy", self._ends[True].plane.door["shm"], self.size))
+            case "socket":
+                return self._plain_stream(warm=False)
+            case _:
+                return self._bare_gloo(warm=False, under_way=1)
 
-    def warm(self, medium: str) -> float | None:
-        """Seconds of as many bytes over a bare medium from one small buffer into another, which stay in the caches: no
-        transfer of a pool can be as fast. None: a medium that is the memory itself."""
-        return None if medium == "memcpy" else self._stream(medium, warm=True)
-
-    def _stream(self, medium: str, warm: bool) -> float:
-        if medium == "socket":
-            return self._plain_stream(warm)
-        return self._bare_gloo(min(HandoverConfig().frame_bytes, self._num_blocks * self._format.block_bytes), warm)
+    def beside(self, medium: str) -> dict[str, float]:
+        """Seconds of as many bytes over a bare medium in other ways. `warm`: from one small buffer into another, which
+        stay in the caches, as no pool does. `two`: the limit again, with two messages under way at a time."""
+        match medium:
+            case "memcpy":
+                return {}
+            case "socket":
+                return {"warm": self._plain_stream(warm=True)}
+            case _:
+                return {
+                    "warm": self._bare_gloo(warm=True, under_way=1),
+                    "two": self._bare_gloo(warm=False, under_way=2),
+                }
 
     def _plain_stream(self, warm: bool) -> float:
         if self._sender is None:
@@ -143,16 +147,18 @@ class Pair:
         self._sender.send(memory, self.size)
         return float(self._remote.answer()) - begin
 
-    def _bare_gloo(self, message: int, warm: bool, depth: int = 1) -> float:
+    def _bare_gloo(self, warm: bool, under_way: int) -> float:
+        """In messages of the size of a frame."""
+        message = min(HandoverConfig().frame_bytes, self._num_blocks * self._format.block_bytes)
         if self._group is None:
             self._group = raw.Group(0, 0)
             self._remote.tell("group", self._group.port)
             self._group.join()
             self._remote.answer()
         memory = raw.small(message) if warm else self._pool.memory
-        self._remote.tell("group_receive", self.size, message, warm, depth)
+        self._remote.tell("group_receive", self.size, message, warm, under_way)
         begin = time.monotonic()
-        self._group.move(memory, self.size, message, depth)
+        self._group.move(memory, self.size, message, under_way)
         return float(self._remote.answer()) - begin
 
     def close(self) -> None:
@@ -181,16 +187,17 @@ def measure(format: KvFormat, tokens: int, rounds: int, note: Note, only: Collec
     """Every transport that two processes here have, at one size."""
     with pair(format, tokens) as both:
         names = [name for name in both.transports if name in only]
-        speeds = [Speed(name, raw.LIMITS[name], tokens, both.size, [], [], [], []) for name in names]
+        speeds = [Speed(name, raw.LIMITS[name], tokens, both.size, [], [], [], {}) for name in names]
         for turn in range(rounds + 1):
             for speed in speeds:
                 note(f"{speed.transport}, {tokens} tokens, round {turn} of {rounds}")
-                limit, warm = both.limit(speed.medium), both.warm(speed.medium)
+                limit, beside = both.limit(speed.medium), both.beside(speed.medium)
                 handover = both.handover(speed.transport, True)
                 unchecked = both.handover(speed.transport, False)
                 if turn:  # the first was for warming up
                     speed.limit.append(limit)
-                    speed.warm.extend([] if warm is None else [warm])
+                    for way, seconds in beside.items():
+                        speed.beside.setdefault(way, []).append(seconds)
                     speed.handover.append(handover)
                     speed.unchecked.append(unchecked)
         return speeds

@@ -100,21 +100,15 @@ def tables(results: Results) -> list[Table]:
     """For a terminal."""
     made = []
     if results.speeds:
+        ways = dict.fromkeys(way for s in results.speeds for way in s.beside)
         table = Table(
-            "transport",
-            "tokens",
-            "GB/s",
-            "limit",
-            "GB/s",
-            "share",
-            "of warm buffers",
-            "checksums",
+            "transport", "tokens", "GB/s", "limit", "GB/s", "share", *(f"of {way}" for way in ways), "checksums",
             title="from the first offer",
-        )
+        )  # fmt: skip
         for s in results.speeds:
             table.add_row(
                 s.transport, str(s.tokens), f"{s.gb_per_s:.2f}", s.medium, f"{s.limit_gb_per_s:.2f}", f"{s.share:.0%}",
-                "" if s.warm_share is None else f"{s.warm_share:.0%}", f"{s.checksums:+.1%}",
+                *(f"{s.other_shares[way]:.0%}" if way in s.beside else "" for way in ways), f"{s.checksums:+.1%}",
             )  # fmt: skip
         made.append(table)
     if results.stalls:
@@ -141,7 +135,7 @@ def document(results: Results) -> dict[str, Any]:
     return {
         "speed": [
             asdict(s) | {"gb_per_s": s.gb_per_s, "limit_gb_per_s": s.limit_gb_per_s, "share": s.share,
-                         "warm_share": s.warm_share, "checksum_share": s.checksums}
+                         "other_shares": s.other_shares, "checksum_share": s.checksums}
             for s in results.speeds
         ],
         "hiding": asdict(results.hiding) | {"share": results.hiding.share} if results.hiding else None,

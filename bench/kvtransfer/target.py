@@ -82,9 +82,9 @@ class Target:
         self._group = raw.Group(1, port)
         self._group.join()
 
-    def group_receive(self, size: int, message: int, warm: bool, depth: int = 1) -> float:
+    def group_receive(self, size: int, message: int, warm: bool, under_way: int) -> float:
         assert self._group is not None
-        return self._group.move(raw.small(message) if warm else self._pool.memory, size, message, depth)
+        return self._group.move(raw.small(message) if warm else self._pool.memory, size, message, under_way)
 
     def close(self) -> None:
         self._group = None

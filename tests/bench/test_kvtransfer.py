@@ -22,7 +22,7 @@ TINY = KvFormat(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="
 
 
 def a_speed(transport: str, tokens: int, handover: float, unchecked: float) -> Speed:
-    return Speed(transport, "medium", tokens, 10**9, [handover] * 3, [unchecked] * 3, [0.5] * 3, [])
+    return Speed(transport, "medium", tokens, 10**9, [handover] * 3, [unchecked] * 3, [0.5] * 3, {})
 
 
 @pytest.fixture
@@ -44,10 +44,10 @@ def test_the_order_of_blocks_is_a_permutation() -> None:
 
 def test_a_share_is_the_median_of_the_rounds_ratios() -> None:
     measured = Speed(
-        "shm", "memcpy", 1024, 3 * 10**9, [1.0, 2.0, 8.0], [0.9, 2.0, 6.0], [0.8, 1.9, 2.0], [0.7, 1.0, 0.8]
+        "shm", "memcpy", 1024, 3 * 10**9, [1.0, 2.0, 8.0], [0.9, 2.0, 6.0], [0.8, 1.9, 2.0], {"warm": [0.7, 1.0, 0.8]}
     )
     assert measured.share == 0.8 and measured.gb_per_s == 1.5
-    assert measured.warm_share == 0.5 and a_speed("shm", 1024, 0.55, 0.54).warm_share is None
+    assert measured.other_shares == {"warm": 0.5}
     assert measured.checksums == pytest.approx(0.1)
 
 
@@ -89,7 +89,7 @@ def test_bytes_cross_by_every_transport_and_arrive_as_they_were() -> None:
                 assert both.handover(transport, checked) > 0
                 assert both.same(), transport
         assert all(both.limit(medium) > 0 for medium in ("memcpy", "socket", "gloo"))
-        assert both.warm("socket") and both.warm("gloo") and both.warm("memcpy") is None
+        assert [list(both.beside(medium)) for medium in ("memcpy", "socket", "gloo")] == [[], ["warm"], ["warm", "two"]]
 
 
 @pytest.mark.parametrize("medium", ["memcpy", "socket", "gloo"])
@@ -113,7 +113,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
         ("shm", 16, 2), ("tcp", 16, 2), ("shm", 32, 1), ("tcp", 32, 1),
     ]  # fmt: skip
     assert all(s["share"] > 0 for s in measured) and document["results"]["stall"] == []
-    assert [s["warm_share"] is not None for s in measured] == [False, True, False, True]
+    assert [list(s["other_shares"]) for s in measured] == [[], ["warm"], [], ["warm"]]
     assert (tmp_path / "kv-speed.png").exists()
 
 
