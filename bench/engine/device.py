@@ -84,11 +84,12 @@ class Watch:
 
         return measured
 
-    def turn(self) -> None:
-        """Count the time up to now."""
+    def turn(self) -> float:
+        """Count the time up to now, which it returns."""
         now = time.perf_counter()
         self.spent[self._open[-1]] = self.spent.get(self._open[-1], 0.0) + now - self._since
         self._since = now
+        return now
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,9 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class _Clocks:
-    wall: float = field(default_factory=time.perf_counter)
+    """`wall`: when the watch last counted, so that its parts add up to what lies between two of these."""
+
+    wall: float
     thread: float = field(default_factory=time.thread_time)
     process: float = field(default_factory=time.process_time)
 
@@ -187,7 +190,7 @@ class StandinDevice:
         self._batch, self._step_s = batch, step_s
         self._skip, self._steps, self._on_done = skip, steps, on_done
         self._seen = 0
-        self._begin = _Clocks()
+        self._begin = _Clocks(0.0)
         self._python: list[float] = []  # up to each step of the window, since its begin
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StandinStep:
@@ -200,16 +203,15 @@ class StandinDevice:
         return StandinStep(step, end, self.watch)
 
     def _count(self) -> None:
-        self.watch.turn()
-        spent = self.watch.spent
+        now, spent = self.watch.turn(), self.watch.spent
         self._python.append(sum(spent.values()) - spent.get("device", 0.0))
         if self._seen == self._skip:
             spent.clear()
             self._python = [0.0]
             self._stream.busy_s = self._stream.idle_s = 0.0
-            self._begin = _Clocks()
+            self._begin = _Clocks(now)
         elif self._seen == self._skip + self._steps:
-            self._on_done(self._window(self._begin, _Clocks()))
+            self._on_done(self._window(self._begin, _Clocks(now)))
         self._seen += 1
 
     def _window(self, begin: _Clocks, end: _Clocks) -> Window:

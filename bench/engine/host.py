@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,13 +98,14 @@ async def measure(batch: int, step_s: float, steps: int, overlap: bool, serve: b
     stop = threading.Event()
     working = asyncio.create_task(asyncio.to_thread(_work, worker, runner.watch, stop))
     try:
-        asked = asking(worker, batch, *REQUEST) if serve else _posted(worker, batch)
-        async with asked as served:
+        async with asking(worker, batch, *REQUEST) if serve else _posted(worker, batch) as asked:
+            if asked:
+                await asked.begun()
             ends: set[asyncio.Future[Any]] = {done, working}
             await asyncio.wait(ends, timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
                 raise NotReady(f"batch {batch}: not measured within {TIMEOUT_S:.0f} s")
-            return Measured(batch, step_s, overlap, done.result(), await served())
+            return Measured(batch, step_s, overlap, done.result(), await asked.said() if asked else None)
     finally:
         stop.set()
         await working
@@ -127,26 +128,45 @@ def _watch(worker: Worker, watch: Watch) -> None:
         setattr(worker.loop, method, watch.around(part, getattr(worker.loop, method)))
 
 
-Served = Callable[[], Awaitable[dict[str, Any] | None]]
-
-
 @asynccontextmanager
-async def _posted(worker: Worker, batch: int) -> AsyncIterator[Served]:
+async def _posted(worker: Worker, batch: int) -> AsyncIterator[None]:
     """The requests of a router that is not there: nobody hears the answers."""
-
-    async def nothing() -> None:
-        return None
-
     worker.inbox.post(RouterJoined("nobody"))
     for number in range(batch):
         worker.inbox.post(FromRouter("nobody", Submit(number, 1, request(number, *REQUEST))))
-    yield nothing
+    yield
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A router's process that asks this worker for streams. Both methods raise `NotReady` where it has ended, and
+    `TimeoutError` after a minute."""
+
+    worker: Worker
+    says: asyncio.StreamReader
+    hears: asyncio.StreamWriter
+
+    async def begun(self) -> None:
+        """Until it has had the first token of every stream."""
+        await self._line()
+
+    async def said(self) -> dict[str, Any]:
+        """What it saw, once all that the worker has told so far has come there, and the end of its streams."""
+        self.hears.write(b"%d\n" % self.worker.loop.last_load.output_tokens)
+        return dict(msgspec.json.decode(await self._line()))
+
+    async def _line(self) -> bytes:
+        async with asyncio.timeout(TIMEOUT_S):
+            line = await self.says.readline()
+        if not line:
+            raise NotReady("the router's process has ended")
+        return line
 
 
 @asynccontextmanager
 async def asking(
     worker: Worker, streams: int, prompt: int, output: int, vocab: int, temperature: float = 0.0
-) -> AsyncIterator[Served]:
+) -> AsyncIterator[Asking]:
     """The router's process, which knows the cluster as `TOKEN`."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "baton.bench.engine.streams"),
@@ -159,15 +179,8 @@ async def asking(
         "streams": streams, "prompt": prompt, "output": output, "vocab": vocab, "temperature": temperature,
     }  # fmt: skip
     child.stdin.write(msgspec.json.encode(setup) + b"\n")
-
-    async def served() -> dict[str, Any]:
-        assert child.stdin is not None and child.stdout is not None
-        child.stdin.close()
-        async with asyncio.timeout(TIMEOUT_S):
-            return dict(msgspec.json.decode(await child.stdout.readline()))
-
     try:
-        yield served
+        yield Asking(worker, child.stdout, child.stdin)
         child.stdin.close()
         async with asyncio.timeout(TIMEOUT_S):
             await child.wait()

@@ -24,6 +24,8 @@ from ...worker.compute import Compute, store_of
 from .host import TIMEOUT_S, TOKEN, asking
 
 WAIT_S = 0.01
+UNTIL_TOLD = 2
+"""Steps after which all tokens of those before are told: so many are under way at most."""
 
 T = TypeVar("T")
 
@@ -39,8 +41,8 @@ class Streams:
 
 @contextmanager
 def served_loop(engine: Engine, config: EngineConfig, streams: Streams) -> Iterator[ServedLoop]:
-    """With all streams running, and nothing left of it afterwards. Raises `NotReady` where they do not run within a
-    minute."""
+    """With all streams running, and nothing left of it afterwards. The router has had a token of each: what is measured
+    from here on is a way that is filled. Raises `NotReady` where they do not run within a minute."""
     loop = ServedLoop()
     try:
         loop.begin(engine, config, streams)
@@ -65,8 +67,10 @@ class ServedLoop:
         worker_config = WorkerConfig(name="served", role=Role.COLOCATED, engine=own, cluster_token=TOKEN)
         self.worker = self._do(self._start(worker_config, compute))
         asked = asking(self.worker, streams.count, streams.prompt, streams.output, engine.vocab_size)
-        self._served = self._do(self._stack.enter_async_context(asked))
+        self._asking = self._do(self._stack.enter_async_context(asked))
         self._until(lambda load: load.running == streams.count and not load.waiting)
+        self.step(UNTIL_TOLD)
+        self._do(self._asking.begun())
 
     def step(self, count: int) -> None:
         """Go round until so many steps were computed."""
@@ -76,9 +80,9 @@ class ServedLoop:
             else:
                 self.worker.inbox.wait(WAIT_S)
 
-    def said(self) -> Any:
-        """What the router saw, and the end of its streams."""
-        return self._do(self._ask())
+    def said(self) -> dict[str, Any]:
+        """See `host.Asking.said`."""
+        return self._do(self._asking.said())
 
     def close(self) -> None:
         """End the router, and the worker after it."""
@@ -86,9 +90,6 @@ class ServedLoop:
         self._events.call_soon_threadsafe(self._events.stop)
         self._thread.join(TIMEOUT_S)
         self._events.close()
-
-    async def _ask(self) -> dict[str, Any] | None:
-        return await self._served()
 
     async def _start(self, config: WorkerConfig, compute: Compute) -> Worker:
         worker = Worker(config, compute, RealClock())

@@ -1,8 +1,10 @@
 """A router in a process of its own, which one worker streams all its tokens to: `python -m baton.bench.engine.streams`.
 
 It reads what to do as one JSON line from standard input: the worker's name, address, epoch and token, how many streams,
-how long prompts and answers are, the size of the vocabulary, the temperature. When standard input ends, it says in one
-JSON line how many tokens came in how many seconds, and the time between two tokens of a stream.
+how long prompts and answers are, the size of the vocabulary, the temperature. It says an empty line when every stream
+has had its first token. The next line that it reads is how many tokens the worker has sent: once so many have come, it
+says in one JSON line how many came in how many seconds, and the time between two batches of a stream. It ends with
+standard input.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
@@ -38,46 +40,65 @@ async def _members(name: str, address: str, epoch: int) -> AsyncGenerator[Member
     yield Members(1, (worker,))
 
 
-async def _ready(router: Router) -> None:
+async def _until(true: Callable[[], bool], lacking: str) -> None:
     for _ in range(LOOKS):
-        if router.ready()[0] == "ready":
+        if true():
             return
         await asyncio.sleep(LOOK_S)
-    raise NotReady(f"no worker for {LOOKS * LOOK_S:.0f} s")
+    raise NotReady(f"{lacking} for {LOOKS * LOOK_S:.0f} s")
 
 
-async def _take(stream: RequestStream, gaps: list[float]) -> None:
+@dataclass(slots=True)
+class Seen:
+    """What has come, by all streams together. `begun`: how many of them have had their first token."""
+
+    begun: int = 0
+    tokens: int = 0
+    gaps: list[float] = field(default_factory=list)
+
+
+async def _take(stream: RequestStream, seen: Seen) -> None:
     last = 0.0
     while True:
         batch = await stream.next()
         now = time.perf_counter()
         if last:
-            gaps.append(now - last)
+            seen.gaps.append(now - last)
+        else:
+            seen.begun += 1
+        seen.tokens += len(batch.tokens)
         last = now
         if batch.finish is not None:
             return
 
 
 async def main() -> None:
-    """Serve until standard input ends."""
+    """Be asked, and say what came."""
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     setup: dict[str, Any] = msgspec.json.decode(await lines.readline())
     router = Router("bench", RouterConfig(max_requests=4096), setup["token"])
     await router.start(_members(setup["name"], setup["address"], setup["epoch"]))
-    await _ready(router)
-    gaps: list[float] = []
+    await _until(lambda: router.ready()[0] == "ready", "no worker")
+    seen = Seen()
     begin = time.perf_counter()
     what = [setup[name] for name in ("prompt", "output", "vocab", "temperature")]
-    takers = [asyncio.create_task(_take(router.submit(request(i, *what)), gaps)) for i in range(setup["streams"])]
-    await lines.readline()
+    takers = [asyncio.create_task(_take(router.submit(request(i, *what)), seen)) for i in range(setup["streams"])]
+    await _until(lambda: seen.begun == len(takers), "streams without a token")
+    _say(b"")
+    sent = int(await lines.readline() or 0)  # 0: nobody wants to know
+    await _until(lambda: seen.tokens >= sent, "tokens missing")
     for taker in takers:
         taker.cancel()
     await asyncio.gather(*takers, return_exceptions=True)
-    said = {"tokens": len(gaps), "seconds": time.perf_counter() - begin, "gap": asdict(Quantiles.of(gaps))}
-    sys.stdout.buffer.write(msgspec.json.encode(said) + b"\n")
-    sys.stdout.flush()
+    said = {"tokens": seen.tokens, "seconds": time.perf_counter() - begin, "gap": asdict(Quantiles.of(seen.gaps))}
+    _say(msgspec.json.encode(said))
     await router.close()
+
+
+def _say(line: bytes) -> None:
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

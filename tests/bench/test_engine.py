@@ -176,7 +176,7 @@ def test_the_whole_bench_runs_on_a_cpu(tmp_path: Path) -> None:
     assert [step["kind"] for step in found["steps"]] == ["decode", "decode", "prefill"]
     assert len(found["deterministic"]) == 3
     assert [(row["overlap"], row["served"]) for row in found["idle"]] == [(True, False), (False, False), (True, True)]
-    assert found["idle"][2]["router"]["tokens"] > 0
+    assert found["idle"][2]["router"]["tokens"] >= 2 * 5  # two streams, of every step that was measured
     assert found["throughput"][0]["tokens_per_s"] > 0 and found["throughput"][0]["limit_batch"] > 1000
 
 

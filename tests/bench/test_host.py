@@ -45,13 +45,13 @@ async def test_a_worker_is_measured(overlap: bool, serve: bool) -> None:
     found = await host.measure(batch=3, step_s=1e-3, steps=20, overlap=overlap, serve=serve)
     window = found.window
     assert window.steps == 20 and window.busy_s == pytest.approx(20e-3)
-    assert sum(window.parts.values()) == pytest.approx(window.seconds, rel=1e-2)
+    assert sum(window.parts.values()) == pytest.approx(window.seconds)
     assert set(host.PARTS) <= set(window.parts)
     assert (found.served is not None) == serve
     if found.served is not None:
-        assert found.served["tokens"] >= 3 * 20
+        assert found.served["tokens"] >= 3 * (host.SKIP + 20)
     (line,) = host.document([found])
-    assert line["python_s"]["mean"] == pytest.approx((window.seconds - window.parts["device"]) / 20, rel=1e-2)
+    assert line["python_s"]["mean"] == pytest.approx((window.seconds - window.parts["device"]) / 20)
     assert 0.0 < window.python.p50 <= window.python.p99
     assert [shown.row_count for shown in host.tables([found])] == [1, 1]
 
