@@ -5,6 +5,7 @@ It loads its shard and then does what rank 0 says, one command after the other (
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def follow(config: RankConfig) -> None:
     group = RankGroup(config.meeting, config.rank, engine.tp, device, config.timeout_s)
     memory = PoolMemory()
     rank = load_rank(engine, lambda share: follower.report(PROGRESS, share), memory.allocator, group)
+    gc.freeze()  # as rank 0 does: all ranks wait for the one whose garbage is collected
     plane = following_plane(config, rank.pool, memory, reports(follower))
     try:
         follower.report(READY, dict(plane.door))
