@@ -11,7 +11,7 @@ lets them into reserved blocks and nowhere else, and each frame is answered by a
     cuda-ipc        socket           likewise, within one GPU or over NVLink
     process-group   socket           torch.distributed send and receive: NCCL or gloo
     tcp             socket           follow their frame
-    grpc            gRPC stream      follow their frame; only between workers of one rank each: others have no server
+    grpc            gRPC stream      follow their frame
 
 Either way only the owner of memory writes into it.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,11 +120,14 @@ def build(config: WorkerConfig, progress: Progress, followers: Followers | None 
     return Compute(engine, store, memory.shared, groups, followers)
 
 
-def following_plane(config: RankConfig, pool: KvPool, memory: PoolMemory, post: Callable[[Event], None]) -> Plane:
-    """The plane of a rank that is not rank 0. It has no lanes over gRPC: its process has no gRPC server."""
+def following_plane(
+    config: RankConfig, pool: KvPool, memory: PoolMemory, post: Callable[[Event], None],
+    events: asyncio.AbstractEventLoop, grpc: str,
+) -> Plane:  # fmt: skip
+    """The plane of a rank that is not rank 0. `events`, `grpc`: see `rank_plane.MakePlane`."""
     worker, handover = config.worker, config.worker.handover
     return Plane(
         WorkerRef(worker.name, "", config.epoch), store_of(pool, handover.checksums), handover, worker.cluster_token,
-        worker.host, RealClock(), None, post, memory.shared, "",
+        worker.host, RealClock(), events, post, memory.shared, grpc,
         ProcessGroups(pool.flat.device, worker.host, handover.lease_s), LATE_S,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..common import log
@@ -21,6 +22,7 @@ from ..engine.group import RankGroup
 from ..engine.rank import Rank, load_rank, resolve
 from ..engine.runner import RUN
 from .compute import PoolMemory, following_plane
+from .rank_plane import reached_by_grpc
 from .ranks import RankConfig
 from .spread import commands, reports
 
@@ -55,12 +57,10 @@ def follow(config: RankConfig) -> None:
     memory = PoolMemory()
     rank = load_rank(engine, lambda share: follower.report(PROGRESS, share), memory.allocator, group)
     gc.freeze()  # as rank 0 does: all ranks wait for the one whose garbage is collected
-    plane = following_plane(config, rank.pool, memory, reports(follower))
-    try:
+    make_plane = partial(following_plane, config, rank.pool, memory, reports(follower))
+    with reached_by_grpc(config.worker.host, config.worker.cluster_token, make_plane) as plane:
         follower.report(READY, dict(plane.door))
         follower.follow({RUN: runs(rank, plane.outlet.layer), **commands(plane)})
-    finally:
-        plane.stop()
 
 
 def runs(rank: Rank, on_layer: Callable[[int], None]) -> Callable[..., None]:

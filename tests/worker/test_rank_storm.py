@@ -92,7 +92,7 @@ async def busy(worker: RankedWorker) -> None:
             await until(worker.ref, lambda r: r.sequences + r.handovers > 0)
 
 
-@pytest.mark.parametrize(("prefill", "decode", "transport"), [(1, 2, "shm"), (2, 1, "tcp"), (2, 2, "shm")])
+@pytest.mark.parametrize(("prefill", "decode", "transport"), [(1, 2, "shm"), (2, 1, "tcp"), (2, 2, "grpc")])
 async def test_storm(prefill: int, decode: int, transport: str) -> None:
     rng, numbers = random.Random(prefill + 10 * decode), itertools.count()
 

@@ -125,9 +125,10 @@ def test_ranks_end_with_their_worker_even_stopped_ones(checkpoint: Path, tmp_pat
 def test_each_rank_takes_lanes_in_at_a_door_of_its_own(checkpoint: Path) -> None:
     with running(checkpoint, 2) as (ranks, _):
         ((door,),) = ranks.followers.wait_for(READY)
-    host, _, port = door["tcp"].rpartition(":")
-    assert host == "127.0.0.1" and int(port) > 0
-    assert "grpc" not in door
+    assert door["tcp"] != door["grpc"]
+    for transport in ("tcp", "grpc"):
+        host, _, port = door[transport].rpartition(":")
+        assert host == "127.0.0.1" and int(port) > 0
 
 
 def test_a_worker_that_is_told_to_stop_while_it_loads_ends_with_its_ranks(checkpoint: Path) -> None:

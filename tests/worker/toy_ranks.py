@@ -26,6 +26,7 @@ from baton.engine.follower import READY, Follower, Followers
 from baton.engine.plan import OnLayer
 from baton.kvtransfer.plane import Plane
 from baton.worker.assembly import Worker
+from baton.worker.rank_plane import reached_by_grpc
 from baton.worker.spread import LATE_S, commands, reports
 from tests.toy import BLOCK_SIZE, Told, ToyEngine, ToyPool, ToyRunner, worker_config
 
@@ -77,17 +78,19 @@ def second(spec: Spec, address: str, token: str) -> None:
     pool = ToyPool(BLOCKS, BLOCK_SIZE, HEADS, 2, 1)
     runner = ToyRunner(pool)
     follower = Follower(address, token, 1, TIMEOUT_S)
-    plane = Plane(
-        WorkerRef(spec.name, "", spec.epoch), pool.store, config.handover, config.cluster_token, config.host,
-        RealClock(), None, reports(follower), pool.shared, "", late_s=LATE_S,
-    )  # fmt: skip
+
+    def make_plane(events: asyncio.AbstractEventLoop, grpc: str) -> Plane:
+        return Plane(
+            WorkerRef(spec.name, "", spec.epoch), pool.store, config.handover, config.cluster_token, config.host,
+            RealClock(), events, reports(follower), pool.shared, grpc, late_s=LATE_S,
+        )  # fmt: skip
 
     def run(told: list[Any]) -> None:
         parts = [Told(None, *each) for each in told]
         runner.forward(parts, plane.outlet.layer)
         follower.report("read", [runner.kv(part).tobytes() for part in parts if part.samples])
 
-    with contextlib.suppress(WorkerLost):
+    with contextlib.suppress(WorkerLost), reached_by_grpc(config.host, config.cluster_token, make_plane) as plane:
         follower.report(READY, dict(plane.door))
         follower.follow({"run": run, **commands(plane)})
 

@@ -1,0 +1,56 @@
+"""The data plane of a rank that is not rank 0. Its process has no event loop, which lanes over gRPC need: it gets one
+here, on a thread of its own, and a server that answers to nothing but lanes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ..common.errors import TransportFailed
+from ..kvtransfer.plane import Plane
+from ..protos import rpc
+
+TIMEOUT_S = 10.0
+"""For what the event loop does at the start and at the end, which is little."""
+
+T = TypeVar("T")
+
+MakePlane = Callable[[asyncio.AbstractEventLoop, str], Plane]
+"""From the event loop that gRPC runs on, and the address at which it takes lanes in."""
+
+
+@contextmanager
+def reached_by_grpc(host: str, token: str, make_plane: MakePlane) -> Iterator[Plane]:
+    """A plane that takes lanes in by gRPC as well, and hangs up on everybody afterwards. `token` is the cluster's.
+    Raises `TransportFailed` where nothing can listen at `host`."""
+    events = asyncio.new_event_loop()
+    thread = threading.Thread(target=events.run_forever, name="events", daemon=True)
+    thread.start()
+    try:
+        server, address = _do(events, _listening(host, token, lambda: plane))
+        plane = make_plane(events, address)
+        try:
+            _do(events, server.start())
+            yield plane
+        finally:
+            _do(events, server.stop(grace=0))
+            plane.stop()  # it waits for lanes, of which those over gRPC need the event loop
+    finally:
+        events.call_soon_threadsafe(events.stop)
+        thread.join(TIMEOUT_S)
+
+
+async def _listening(host: str, token: str, plane: Callable[[], Plane]) -> tuple[Any, str]:
+    """A server that is not started, and its address. It belongs to the event loop on which it is made."""
+    server = rpc.make_server(token, rpc.data_handlers(lambda stream: plane().serve_grpc(stream)))
+    try:
+        return server, rpc.listen(server, host, 0)
+    except RuntimeError as error:
+        raise TransportFailed(f"no lanes can come in at {host}: {error}") from error
+
+
+def _do(events: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(work, events).result(TIMEOUT_S)
