@@ -5,6 +5,9 @@ Whoever reaches a rank's port first is taken for its peer by gloo and NCCL, so e
 is at the socket's other end. A pair fails as a whole and for good: whoever waits too long, or is told that the other
 end hung up, makes another.
 
+gloo ends the process where it is told what cannot be: by a stranger at its port who speaks as no gloo does, or by a
+source that sends more than its header said. Such a worker is started again, and its streams go on elsewhere.
+
 gloo between CPUs, NCCL between GPUs. NCCL has not been seen at work here: it refuses two ranks on one GPU, and no
 machine with two was to be had.
 """
@@ -14,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import hmac
 import os
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -38,8 +43,8 @@ _BYTES, _NEVER_SENT = 0, 1  # tags
 
 _PROOF = 32  # bytes
 
-_GLOO_TRIES = 5
-"""How often gloo's connecting spends the whole of the time that it is given."""
+_GLOO_PATIENCE = timedelta(minutes=1)
+"""Five times as long gloo waits for the other end to connect."""
 
 _LOOK_EVERY_S = 5e-5
 _MAX_MESSAGE = 4 << 10
@@ -128,11 +133,29 @@ class Pair:
 
 
 def _gloo(meeting: _Meeting, rank: int, patience: float, host: str) -> Any:
+    """Connects on a thread of its own, which is left behind when `patience` ends. Were gloo's own patience to end, it
+    would free what its listener still calls when the other end, frozen or just slow, connects after all; and that is
+    the end of the process."""
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_connect, args=(meeting, rank, host, outcome), name="gloo", daemon=True).start()
+    try:
+        made = outcome.get(timeout=patience)
+    except queue.Empty:
+        raise WorkerLost("no pair came about: the other end takes too long") from None
+    if isinstance(made, Exception):
+        raise made
+    return made
+
+
+def _connect(meeting: _Meeting, rank: int, host: str, outcome: queue.SimpleQueue[Any]) -> None:
     options = _c10d.ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=patience / _GLOO_TRIES)
+    options._timeout = _GLOO_PATIENCE
     options._threads = 1  # for what takes more than two; not for sends
-    options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
-    return _c10d.ProcessGroupGloo(meeting, rank, 2, options)
+    try:
+        options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
+        outcome.put(_c10d.ProcessGroupGloo(meeting, rank, 2, options))
+    except Exception as error:  # the edge of a thread: raised again where the outcome is waited for
+        outcome.put(error.with_traceback(None))  # with it, the error would hold the listener
 
 
 def _nccl(meeting: _Meeting, rank: int, patience: float) -> Any:

@@ -161,20 +161,55 @@ def test_a_socket_that_has_just_been_closed_is_a_typed_error() -> None:
         Pair(one, True, CPU, HOST, 5.0)
 
 
-def test_one_that_freezes_while_gloo_connects_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transport is then avoided for a while, not for good. gloo takes five times what it is told to."""
-    told: list[float] = []
+def test_one_that_cannot_be_connected_to_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport is then avoided for a while, not for good."""
 
     class Gloo(torch.distributed.ProcessGroupGloo):  # type: ignore[misc]
         def __init__(self, store: object, rank: int, size: int, options: Any) -> None:
-            told.append(options._timeout.total_seconds())
-            raise RuntimeError("Gloo connectFullMesh failed with Connect timeout")
+            raise RuntimeError("Gloo connectFullMesh failed with Connection refused")
 
     monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", Gloo)
     one, other = socket.socketpair()
-    with one, other, pytest.raises(WorkerLost, match="Connect timeout"):
+    with one, other, pytest.raises(WorkerLost, match="Connection refused"):
         Pair(one, True, CPU, HOST, 5.0)
-    assert told == [1.0]
+
+
+def come_late(count: int = 8) -> None:
+    """Of each pair, one end connects when the other has given up. Which of them listens is chance."""
+    given_up, get = threading.Event(), pair._Meeting.get
+
+    def slow(meeting: pair._Meeting, key: str) -> bytes:
+        heard = get(meeting, key)
+        if key == "0/0":  # where the source listens, which the target asks
+            assert given_up.wait(30)
+        return heard
+
+    def make(end: socket.socket, source: bool, patience: float) -> Exception | None:
+        try:
+            Pair(end, source, CPU, HOST, patience)
+        except BatonError as error:
+            return error
+        return None
+
+    pair._Meeting.get = slow  # type: ignore[method-assign]
+    ends = [socket.socketpair() for _ in range(count)]
+    with ThreadPoolExecutor(2 * count) as pool:
+        late = [pool.submit(make, target, False, 30.0) for _, target in ends]
+        early = [pool.submit(make, source, True, 0.5) for source, _ in ends]
+        errors: list[Any] = [making.result() for making in early]  # each holds what its frames do
+        given_up.set()
+        for source, _ in ends:
+            source.close()
+        errors += [making.result() for making in late]
+    assert all(isinstance(error, WorkerLost) for error in errors), errors
+
+
+def test_one_that_comes_after_the_other_gave_up_ends_nobody() -> None:
+    """In a process of its own: gloo ends it where a pair is gone that a listener still knows."""
+    script = "from tests.kvtransfer.test_process_group import come_late; come_late()"
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_what_two_send_each_other_may_take_the_whole_patience() -> None:
