@@ -29,7 +29,10 @@ def select_ops(
     `kv_dtype` is the type of the pool, one of `quantised.TYPES`. `deterministic` asks for operations whose rows have
     the same bits in every batch; compiled C is so in any case. Raises `ValueError` where there are none.
     """
-    if device.type == "cuda" and (ops := _triton(device, dtype, kv_dtype, heads, deterministic)) is not None:
+    if (
+        device.type == "cuda"
+        and (ops := _triton(device, dtype, kv_dtype, heads, block_size, deterministic)) is not None
+    ):
         return ops
     base: Ops | None = None
     if device.type == "cpu" and dtype == torch.float32 and supports(heads.queries, heads.keys, heads.dim, block_size):
@@ -47,19 +50,26 @@ def _native() -> Ops | None:
 
 
 def _triton(
-    device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, heads: Heads, deterministic: bool
+    device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, heads: Heads, block_size: int, deterministic: bool
 ) -> Ops | None:
-    """None, with a line in the log, where Triton is missing, cannot compile, or its kernels do not take the heads."""
+    """None, with a line in the log, where Triton is missing, cannot compile, or its kernels do not take the heads or
+    do not fit the device."""
     try:
+        from triton import TritonError
+
         from . import attention
         from .triton_ops import TritonOps
-
-        if attention.supports(heads, dtype, kv_dtype):
-            ops = TritonOps(kv_dtype, deterministic)
-            ops.silu_mul(torch.zeros(1, 32, device=device))
-            return ops
+    except (ImportError, OSError) as error:
+        log.warning("Triton is not available, torch is used: %s", error)
+        return None
+    if not attention.supports(heads, dtype, kv_dtype):
         log.warning("the Triton kernels do not take heads of %d, torch is used", heads.dim)
-    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        # No Triton, no C compiler or one that fails, a device it does not know.
-        log.warning("the Triton kernels are not available, torch is used: %s", error)
-    return None
+        return None
+    ops = TritonOps(kv_dtype, deterministic)
+    try:
+        ops.rehearse(device, dtype, heads, block_size)
+    except (TritonError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        # A multiprocessor with less shared memory, no C compiler or one that fails, a device that Triton does not know.
+        log.warning("the Triton kernels cannot be used here, torch is: %s", error)
+        return None
+    return ops

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from . import matmul_kernels, row_kernels
 from .attention import attend
 from .ops import Heads, Rows
+from .quantised import LARGEST, split_rows
 
 
 class TritonOps:
@@ -48,3 +49,25 @@ class TritonOps:
     def attention(self, qkv: torch.Tensor, heads: Heads, rows: Rows, kv: torch.Tensor) -> torch.Tensor:
         query = qkv.view(len(qkv), -1, heads.dim)[:, : heads.queries]
         return attend(query, heads, rows, kv, self._kv_dtype, self._deterministic).flatten(1)
+
+    def rehearse(self, device: torch.device, dtype: torch.dtype, heads: Heads, block_size: int) -> None:
+        """One sequence's decode and another's prompt, of nothing, through every kernel. Raises `triton.TritonError`
+        where one of them does not compile for this device, or wants more of its shared memory than it has."""
+        places = torch.tensor([0, 0, 1], device=device)
+        starts, lengths, tables, table_starts = (
+            torch.tensor(values, dtype=torch.int32, device=device) for values in ((0, 1, 3), (1, 2), (0, 1), (0, 1, 2))
+        )
+        slots = torch.tensor([0, block_size, block_size + 1], device=device)
+        rows = Rows(places, slots, starts, lengths, tables, table_starts, 1, (0, 1, 3), (1, 2))
+        row_bytes = block_size * (heads.dim * self._kv_dtype.itemsize + (4 if self._kv_dtype in LARGEST else 0))
+        pool = torch.zeros(2, 2, heads.keys, row_bytes, dtype=torch.uint8, device=device)
+        elements, scales = split_rows(pool, self._kv_dtype, heads.dim)
+        kv = elements if scales is None else pool
+        x = torch.zeros(3, heads.dim, dtype=dtype, device=device)
+        qkv = x.repeat(1, heads.queries + 2 * heads.keys)
+        table = torch.zeros(2, 2, heads.dim // 2, device=device)
+        norm, total = self.add_norm(x, x.clone(), x[0], 1e-6)
+        self.linear(norm, total, len(total))
+        self.silu_mul(x)
+        self.rotate_and_store(qkv, heads, table, rows, kv)
+        self.attention(qkv, heads, rows, kv)

@@ -26,6 +26,8 @@ from ..tiny import make_checkpoint
 from .hopper import DEVICE
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
 from baton.kernels.triton_ops import TritonOps
 
 Start = Callable[..., Engine]
@@ -109,14 +111,16 @@ def test_they_are_chosen_where_they_can_be_had(
 ) -> None:
     kind = TYPES["int8"]
     found = [
-        select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 64), deterministic) for deterministic in (False, True)
+        select._triton(DEVICE, torch.bfloat16, kept, Heads(4, 2, 64), 16, deterministic)
+        for kept, deterministic in ((kind, False), (kind, True), (torch.bfloat16, False))
     ]
-    assert [each and each.name for each in found] == ["triton", "triton-deterministic"]
+    assert [each and each.name for each in found] == ["triton", "triton-deterministic", "triton"]
     assert caplog.records == []
-    assert select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 80), False) is None
+    assert select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 80), 16, False) is None
 
-    for error in (RuntimeError("0 active drivers"), subprocess.CalledProcessError(1, "gcc")):
+    small = OutOfResources(160 << 10, 99 << 10, "shared memory")
+    for error in (RuntimeError("0 active drivers"), subprocess.CalledProcessError(1, "gcc"), small):
         monkeypatch.setattr("baton.kernels.row_kernels.silu_mul", Mock(side_effect=error))
-        assert select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 64), False) is None
-    for said, why in zip(caplog.messages, ("heads of 80", "0 active drivers", "gcc"), strict=True):
+        assert select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 64), 16, False) is None
+    for said, why in zip(caplog.messages, ("heads of 80", "0 active drivers", "gcc", "shared memory"), strict=True):
         assert why in said
