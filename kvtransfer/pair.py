@@ -5,8 +5,8 @@ Whoever reaches a rank's port first is taken for its peer by gloo and NCCL, so e
 is at the socket's other end. A pair fails as a whole and for good: whoever waits too long, or is told that the other
 end hung up, makes another.
 
-gloo ends the process where it is told what cannot be: by a stranger at its port who speaks as no gloo does, or by a
-source that sends more than its header said. Such a worker is started again, and its streams go on elsewhere.
+A source that sends more by gloo than its header said ends the target's process, inside gloo. Such a worker is started
+again, and its streams go on elsewhere.
 
 gloo between CPUs, NCCL between GPUs. NCCL has not been seen at work here: it refuses two ranks on one GPU, and no
 machine with two was to be had.
