@@ -72,7 +72,7 @@ class House:
             )
             await self._changed.wait()
 
-    async def balanced(self, within_s: float = 2.0) -> None:
+    async def balanced(self, within_s: float = 20.0) -> None:
         """Every worker's books balance and nothing is held, soon."""
         for worker in self.workers.values():
             report = None

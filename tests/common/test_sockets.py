@@ -86,7 +86,7 @@ def test_a_reader_that_stalls_costs_a_timeout_and_not_a_hang(door: Listener) -> 
 
 def test_the_system_bounds_waits_as_well(door: Listener) -> None:
     with connect(door.address, "secret") as peer:
-        limit_waits(peer, sending=0.2, receiving=0.05)
+        limit_waits(peer, sending=0.5, receiving=0.5)
         send(peer, bytes(300_000))
         assert receive(peer, 1 << 20) == bytes(300_000)
         with pytest.raises(WorkerLost):

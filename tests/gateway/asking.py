@@ -26,6 +26,6 @@ def chat_text(chunks: list[Any], index: int = 0) -> str:
 
 
 async def wait_for(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.001)

@@ -111,7 +111,7 @@ async def test_draining_takes_nothing_new_and_waits(gateway: Gateway, http: http
     assert not drained.done()
     gateway.router.streams[0].emit(50, 51)
     assert (await running).status_code == 200
-    await asyncio.wait_for(drained, 5)
+    await asyncio.wait_for(drained, 20)
 
 
 async def test_draining_ends_when_its_time_is_over(make_gateway: MakeGateway) -> None:
@@ -119,7 +119,7 @@ async def test_draining_ends_when_its_time_is_over(make_gateway: MakeGateway) ->
     async with client_of(gateway) as http:
         running = asyncio.create_task(http.post("/v1/completions", json={**PLAIN, "max_tokens": 2}))
         await wait_for(lambda: bool(gateway.router.streams))
-        await asyncio.wait_for(gateway.service.drain(), 5)
+        await asyncio.wait_for(gateway.service.drain(), 20)
         assert not running.done()
         gateway.router.streams[0].emit(50, 51)
         await running

@@ -62,9 +62,9 @@ def test_a_transport_that_worked_is_avoided_for_a_while_only(error: BatonError) 
     lasting = isinstance(error, TransportFailed)
     giver = Giver(error)
     made, clock, said = outlet(lambda *_: giver)
-    broken = said.get(timeout=5)
+    broken = said.get(timeout=20)
     assert (broken.target, broken.transport, broken.lasting) == (TARGET.ref, "tcp", lasting)
-    assert giver.closed.wait(5) and giver.released.wait(5)
+    assert giver.closed.wait(20) and giver.released.wait(20)
     clock.advance(AVOIDED_S - 1)
     assert made.failed(TARGET.ref) == ("tcp",)
     clock.advance(2)
@@ -78,17 +78,17 @@ def test_a_connection_is_let_go_when_both_threads_have_ended() -> None:
     class Slow(Giver):
         def credits(self) -> int:
             waiting.set()
-            assert gone.wait(5)
+            assert gone.wait(20)
             raise WorkerLost("woken late")
 
     giver = Slow(WorkerLost("unused"))
     made, _, _ = outlet(lambda *_: giver)
-    assert waiting.wait(5)
+    assert waiting.wait(20)
     (lane,) = made._lanes.values()
     lane.stop()
-    assert giver.closed.wait(5) and not giver.released.wait(0.05)
+    assert giver.closed.wait(20) and not giver.released.wait(0.05)
     gone.set()
-    assert giver.released.wait(5)
+    assert giver.released.wait(20)
 
 
 def test_the_window_counts_bytes_also_where_one_block_is_more_than_a_frame() -> None:
@@ -121,7 +121,7 @@ def test_what_failed_long_ago_or_for_those_who_are_gone_is_forgotten() -> None:
 
 def test_what_can_not_be_had_is_avoided_until_it_is_forgiven() -> None:
     made, clock, said = outlet(raises(TransportFailed("no such door")))
-    assert said.get(timeout=5).lasting
+    assert said.get(timeout=20).lasting
     clock.advance(100 * AVOIDED_S)
     assert made.failed(TARGET.ref) == ("tcp",)
     made.forgive(TARGET.ref)
@@ -131,7 +131,7 @@ def test_what_can_not_be_had_is_avoided_until_it_is_forgiven() -> None:
 def test_who_does_not_answer_at_first_is_avoided_for_a_while_and_loudly(caplog: pytest.LogCaptureFixture) -> None:
     """A target that was frozen just then has the transport again when it wakes."""
     made, clock, said = outlet(raises(WorkerLost("no answer")))
-    assert not said.get(timeout=5).lasting
+    assert not said.get(timeout=20).lasting
     assert made.failed(TARGET.ref) == ("tcp",)
     assert [r.levelname for r in caplog.records if "no lane to" in r.message] == ["WARNING"]
     clock.advance(AVOIDED_S + 1)
@@ -140,7 +140,7 @@ def test_who_does_not_answer_at_first_is_avoided_for_a_while_and_loudly(caplog: 
 
 def test_a_lane_may_break_while_the_loop_looks_which_have() -> None:
     made, _, said = outlet(raises(TransportFailed("no such door")))
-    said.get(timeout=5)
+    said.get(timeout=20)
 
     failed = made._failed[TARGET.ref]
 
@@ -159,7 +159,7 @@ def test_a_fault_of_our_own_ends_the_handovers_of_its_lane(where: str, caplog: p
     """Otherwise they would wait for a thread that is no more."""
     fault = ValueError("a bug")
     _, _, said = outlet(raises(fault) if where == "connecting" else lambda *_: Giver(fault))
-    broken = said.get(timeout=5)
+    broken = said.get(timeout=20)
     assert broken.lasting and "a bug" in broken.message
     assert "in our own code" in caplog.text
 

@@ -41,7 +41,7 @@ HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 FORMAT = KvFormat(num_layers=3, num_kv_heads=2, head_dim=16, block_size=16, dtype="bfloat16")
 BLOCKS = 64
-LEASE_S = 1.0
+LEASE_S = 2.0
 
 
 class End:
@@ -72,7 +72,7 @@ class End:
         self.plane.inlet.expect((source, 1, handover_id), len(blocks))
 
     def hears(self) -> Filled | Spoiled | TransportBroken:
-        return self.said.get(timeout=5 * LEASE_S)
+        return self.said.get(timeout=10 * LEASE_S)
 
     def stop(self) -> None:
         self.plane.stop()
@@ -97,7 +97,7 @@ def ends() -> Iterator[Callable[..., End]]:
         end.stop()
 
 
-def soon(holds: Callable[[], bool], within_s: float = 5.0) -> bool:
+def soon(holds: Callable[[], bool], within_s: float = 20.0) -> bool:
     end = time.monotonic() + within_s
     while not holds() and time.monotonic() < end:
         time.sleep(0.01)

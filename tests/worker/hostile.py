@@ -33,8 +33,8 @@ from tests.worker.toy_process import toy_engine
 PROMPT = tuple(range(30, 40))  # three blocks, the last of them partial
 PIECE = FORMAT.block_bytes
 EVIL = replace(endpoint("evil", epoch=66), host="")
-WAIT_S = 5.0
-PATIENCE_S = 0.5
+WAIT_S = 20.0
+PATIENCE_S = 1.5
 """How long the worker waits for the other rank of a process group."""
 
 

@@ -28,7 +28,7 @@ from tests.toy import FORMAT, LAYERS, oracle, request
 from tests.worker.toy_process import toy_engine
 
 PROMPT = list(range(50, 63))
-WAIT_S = 6.0
+WAIT_S = 20.0
 LEASE_S = 0.5
 Answer = Callable[[Reserve], Sequence[Any]]
 

@@ -32,7 +32,7 @@ async def test_a_line_that_is_cut_writes_what_came_before_and_nothing_after(stre
     line: Line[int] = Line()
     line.put(1)
     pumping = asyncio.create_task(line.pump(stream, 60.0, lambda: None))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not stream.written:
             await asyncio.sleep(0)
         line.put(2)  # while the first is being written
@@ -51,7 +51,7 @@ async def test_a_line_that_nobody_reads_is_cut_where_it_is_full(stream: Slow, mo
     for number in range(5):
         line.put(number)
         stream.let.release()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         with pytest.raises(WorkerLost, match="3 messages wait"):
             await line.pump(stream, 60.0, lambda: None)
     assert stream.written == [0, 1, 2]

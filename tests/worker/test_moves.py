@@ -41,12 +41,13 @@ async def drained(house: House, name: str) -> None:
 async def test_a_drain_takes_its_requests_along(house: House, router: Router, transport: str, late: bool) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     for name in ("decode-0", "decode-1"):
-        await house.worker(name, Role.DECODE, slow(late=late), transport=transport)
+        await house.worker(name, Role.DECODE, slow(seconds=0.02, late=late), transport=transport)
     await ready(router, 3)
     seeds, length = range(24), 140
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
         answers = [group.create_task(ask(router, request(str(seed), prompt(seed), length))) for seed in seeds]
-        while prefill.load().handovers < len(seeds):  # what has not begun would go elsewhere, and not move
+        # What the router does not know to have begun would go elsewhere, and not move.
+        while prefill.load().handovers < len(seeds) or not all(state.handover_done for state in router._streams):
             await asyncio.sleep(0.01)
         assert all(w.loop.load().running > 2 for n, w in house.workers.items() if n != "prefill-0")
         router._core.set_draining((), {"decode-0"})

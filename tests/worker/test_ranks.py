@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -60,10 +59,10 @@ def worker(checkpoint: Path, tp: int, **settings: Any) -> WorkerConfig:
 
 
 @contextmanager
-def running(checkpoint: Path, tp: int, **settings: Any) -> Iterator[tuple[Ranks, Engine]]:
+def running(checkpoint: Path, tp: int, timeout_s: float = TIMEOUT_S, **settings: Any) -> Iterator[tuple[Ranks, Engine]]:
     """An engine over `tp - 1` child processes, of which nothing is left afterwards."""
     config = worker(checkpoint, tp, **settings)
-    ranks = Ranks(config, 1, TIMEOUT_S)
+    ranks = Ranks(config, 1, timeout_s)
     processes = [psutil.Process(pid) for pid in ranks.pids]
     with closing(ranks):
         yield ranks, build_engine(config.engine, lambda share: None, followers=ranks.followers)
@@ -87,17 +86,16 @@ def test_four_processes_compute_what_one_does(checkpoint: Path) -> None:
         assert tokens_of(engine) == tokens_of(start(checkpoint))
 
 
-@pytest.mark.parametrize(("number", "within_s"), [(signal.SIGKILL, 1.0), (signal.SIGSTOP, TIMEOUT_S + 1.0)])
-def test_a_lost_rank_breaks_the_engine_for_good(checkpoint: Path, number: signal.Signals, within_s: float) -> None:
+@pytest.mark.parametrize(("number", "timeout_s"), [(signal.SIGKILL, 100 * TIMEOUT_S), (signal.SIGSTOP, TIMEOUT_S)])
+def test_a_lost_rank_breaks_the_engine_for_good(checkpoint: Path, number: signal.Signals, timeout_s: float) -> None:
+    """A dead one at once: nobody waits for the timeout, which is longer than this test may take."""
     step = StepPlan(9, [Slice.of(sequence(prompts(9)[0], 1), 0, 9)])
-    with running(checkpoint, 2) as (ranks, engine):
+    with running(checkpoint, 2, timeout_s) as (ranks, engine):
         engine.runner.launch(step).results()
         os.kill(ranks.pids[0], number)
-        for deadline in (within_s, 0.5):
-            begin = time.monotonic()
+        for _ in range(2):
             with pytest.raises(EngineBroken):
                 engine.runner.launch(step).results()
-            assert time.monotonic() - begin < deadline
         with pytest.raises(EngineBroken):
             ranks.followers.send("anything")
 

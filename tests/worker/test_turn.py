@@ -68,15 +68,13 @@ async def answer(router: Router, tokens: list[int], length: int) -> tuple[list[i
             return output, batch.finish.usage.cached_tokens
 
 
-async def turn(worker: Worker, role: str, within_s: float = 10.0) -> float:
-    """Seconds that it took, over the wire."""
+async def turn(worker: Worker, role: str, within_s: float = 10.0) -> None:
+    """Over the wire."""
     peer = Peer(worker.ref.address, "secret")
-    begun = time.monotonic()
     try:
         await peer.turn(Turn(role, within_s))
     finally:
         await peer.close()
-    return time.monotonic() - begun
 
 
 async def test_an_idle_worker_turns_and_keeps_what_it_cached(house: House, router: Router) -> None:
@@ -88,7 +86,7 @@ async def test_an_idle_worker_turns_and_keeps_what_it_cached(house: House, route
     router._core.set_draining(["a-0"])
     assert await answer(router, words, 4) == (oracle(words, 4), 0)
     router._core.set_draining([])
-    assert await turn(second, "colocated") < 5  # bars are measured elsewhere; this is one round trip
+    await turn(second, "colocated")
     await ready(router, a_0="prefill", a_1="colocated", b_0="decode")
     assert second.role is Role.COLOCATED
     router._core.set_draining(["a-0", "b-0"])
