@@ -34,7 +34,7 @@ from ..engine.mailbox import (
     SourceGone,
     TargetGone,
 )
-from ..engine.plan import Ended, Launched, OnLayer, Sampled, StepPlan
+from ..engine.plan import Ended, Launched, OnLayer, StepPlan
 from ..engine.role import Context, Limits
 from ..kvtransfer import wire
 from ..kvtransfer.inlet import RankInlet
@@ -124,7 +124,7 @@ class _Runner:
             self.clock.ahead += share
             if on_layer is not None:
                 on_layer(layer)
-        return Ended([Sampled(next_token(part.sequence.tokens)) if part.samples else None for part in plan.slices])
+        return Ended([next_token(part.sequence.tokens) if part.samples else None for part in plan.slices])
 
 
 def next_token(tokens: Sequence[int]) -> int:

@@ -7,14 +7,15 @@ intake (worker/intake.py) ──take──▶ planner (running, preempted) ─�
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
 from ..common.errors import BatonError, DeadlineExceeded, PoolFull, StaleAttempt
 from ..common.messages import Cancel, Move, Purpose, TokenOut, TransportBroken
-from ..common.types import WorkerRef
+from ..common.types import FinishReason, WorkerRef
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
-from ..engine.plan import Sampled, Slice, StepPlan
+from ..engine.plan import Results, Slice, StepPlan
 from ..engine.role import Context
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.transport import Outlet
@@ -41,6 +42,8 @@ class DecodeRole:
         self._planner = ContinuousBatching(context.table)
         self._moves = Moves(context, self._planner, outlet, self._remove, self._fail)
         self._decoding: dict[SequenceKey, Sequence] = {}
+        self._soonest = math.inf
+        """No deadline of theirs is before this."""
 
     # --- messages ---
 
@@ -95,14 +98,17 @@ class DecodeRole:
     def join(self, sequence: Sequence) -> None:
         """Take a sequence whose next token is known into the batch."""
         self._decoding[sequence.key] = sequence
+        self._soonest = min(self._soonest, sequence.deadline)
         self._planner.join(sequence)
 
     # --- rounds ---
 
     def tick(self, now: float) -> None:
         """Deadlines, and requests on their way elsewhere."""
-        for sequence in [s for s in self._decoding.values() if now >= s.deadline]:
-            self._fail(sequence, DeadlineExceeded("the deadline passed"))
+        if now >= self._soonest:
+            for sequence in [s for s in self._decoding.values() if now >= s.deadline]:
+                self._fail(sequence, DeadlineExceeded("the deadline passed"))
+            self._soonest = min((s.deadline for s in self._decoding.values()), default=math.inf)
         self._moves.tick(now)
 
     def plan(self, plan: StepPlan, now: float) -> None:
@@ -121,15 +127,21 @@ class DecodeRole:
     def on_layer(self, layer: int) -> None:
         """Nothing leaves a decode worker layer by layer."""
 
-    def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None:
-        if sampled is None:
-            return  # a chunk of a recompute
-        sequence = part.sequence
-        reason = self._context.accept(sequence, sampled)
-        self._context.emit(sequence, sampled)
-        self._moves.drew(sequence, sampled)
-        if reason is not None:
-            self._context.outbox.finished(sequence.key, reason)
+    def computed(self, parts: list[Slice], results: Results, now: float) -> None:
+        outbox, logprobs = self._context.outbox, results.logprobs
+        ended: list[tuple[Sequence, FinishReason]] = []
+        for row, (part, token) in enumerate(zip(parts, results.tokens, strict=True)):
+            if token is None:
+                continue  # a chunk of a recompute
+            sequence = part.sequence
+            reason = sequence.accept(token)
+            outbox.token(sequence.key, len(sequence.tokens) - 1, token, logprobs.get(row))
+            if reason is not None:
+                ended.append((sequence, reason))
+        self._context.stats.output_tokens += results.drawn
+        self._moves.drew(parts, results)
+        for sequence, reason in ended:
+            outbox.finished(sequence.key, reason)
             self._moves.interrupt(sequence, "finished", "the request ended before it had moved")
             self._remove(sequence)
 

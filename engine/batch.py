@@ -13,6 +13,7 @@ import torch
 from ..kernels.ops import Rows
 from .plan import Slice
 from .sequence import Sequence
+from .tables import Tables
 
 _WIDE, _NARROW = 8, 4
 _ALIGNED = 16
@@ -53,9 +54,10 @@ class Layout(NamedTuple):
 
     def cut(self, data: Any, wide: Any, narrow: Any) -> Arrays:
         """Views of `data`, an array of bytes in numpy or torch whose types int64 and int32 are given."""
-        begin, found = 0, []
+        views, begin, found = {_WIDE: data.view(wide), _NARROW: data.view(narrow)}, 0, []
         for count, width in self._sizes():
-            found.append(data[begin : begin + count * width].view(wide if width == _WIDE else narrow))
+            first = begin // width
+            found.append(views[width][first : first + count])
             begin += _aligned(count * width)
         return Arrays(*found)
 
@@ -99,44 +101,46 @@ class Batch:
     @classmethod
     def of(
         cls, slices: Listing[Slice], block_size: int, drawn: Mapping[Sequence, int], fill: int = 0,
-        pinned: bool = False,
+        pinned: bool = False, tables: Tables | None = None,
     ) -> Batch:  # fmt: skip
         """Those that have one row must come first. `drawn`: each sequence's row in the step before. `fill`: make it
         this many sequences by adding empty ones, of one row, no token and no block each: only for batches in which
-        all have one row. Built with a handful of array operations."""
+        all have one row. `tables` joins their tables; give it the same again. Built with a handful of array
+        operations, since each costs as much as a dozen rows."""
         real, total = len(slices), max(len(slices), fill)
         counts = [part.count for part in slices]
         singles = counts.count(1)
         tokens = _tokens(slices, singles, drawn)
-        held = [part.sequence.blocks for part in slices]
-        sizes = list(map(len, held))
-        wanted = range(fill) if fill else [i for i, part in enumerate(slices) if part.samples]
-        layout = Layout(len(tokens) + total - real, total, len(wanted), sum(sizes))
+        sizes, joined = (tables or Tables()).join([part.sequence.blocks for part in slices])
+        wanted = range(total) if fill else [i for i, part in enumerate(slices) if part.samples]
+        layout = Layout(len(tokens) + total - real, total, len(wanted), len(joined) // _NARROW)
         data = torch.empty(layout.size, dtype=torch.uint8, pin_memory=pinned)
         to = layout.cut(data.numpy(), np.int64, np.int32)
-        to.starts[0] = to.table_starts[0] = 0
-        each = np.ones(total, np.int32)
-        each[singles:real] = counts[singles:]
-        np.cumsum(each, out=to.starts[1:])
-        first = np.array([part.start for part in slices])
-        to.lengths[:real] = first + each[:real]
-        to.lengths[real:] = 0
+        rows, first = len(tokens), np.array([part.start for part in slices])
+        to.starts[:] = np.arange(total + 1)
+        owner: Any = slice(real)  # row i is of sequence i
+        positions = first
+        if singles < real:
+            np.cumsum(counts[singles:], out=to.starts[singles + 1 :])
+            to.starts[singles + 1 :] += singles
+            owner = np.repeat(np.arange(real), counts)
+            positions = np.arange(rows) + (first - to.starts[:real])[owner]
+        np.add(first, counts, out=to.lengths[:real], casting="same_kind")
+        to.table_starts[0] = 0
         np.cumsum(sizes, out=to.table_starts[1 : real + 1])
-        to.table_starts[real + 1 :] = layout.blocks
-        to.tables[:] = np.frombuffer(b"".join(held), np.int32)
+        to.tables[:] = np.frombuffer(joined, np.int32)
         to.wanted[:] = to.starts[1:][wanted] - 1 if len(wanted) < total else to.starts[1:] - 1
-        rows = len(tokens)
-        owner = np.repeat(np.arange(real), each[:real])
-        positions = np.arange(rows) + (first - to.starts[:real])[owner]
-        block = to.tables[to.table_starts[owner] + positions // block_size]
+        block, place = np.divmod(positions, block_size)
         to.positions[:rows] = positions
-        to.slots[:rows] = block.astype(np.int64) * block_size + positions % block_size
+        to.slots[:rows] = to.tables[to.table_starts[owner] + block] * np.int64(block_size) + place
         to.tokens[:rows] = tokens
-        for array, empty in ((to.tokens, 0), (to.positions, 0), (to.slots, NO_SLOT)):
-            array[rows:] = empty
+        if real < total:
+            to.lengths[real:], to.table_starts[real + 1 :] = 0, layout.blocks
+            for array, empty in ((to.tokens, 0), (to.positions, 0), (to.slots, NO_SLOT)):
+                array[rows:] = empty
+        pending = min(tokens) < 0
         np.maximum(~to.tokens, NOT_DRAWN, out=to.drawn)
         np.maximum(to.tokens, 0, out=to.tokens)
-        pending = bool(to.drawn.max() > NOT_DRAWN)
         return cls(layout, data, singles + total - real, pending)
 
     def arrays(self) -> Arrays:

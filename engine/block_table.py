@@ -134,14 +134,16 @@ class BlockTable:
         self._flights.append(flight)
         return flight
 
-    def computed(self, part: Slice) -> None:
-        """The oldest flight has come back with this; its sequence is not gone. What it sampled is pending no more: the
-        caller knows it."""
-        sequence, count = part.sequence, part.count
-        sequence.pending -= part.samples
-        sequence.computed = computed = sequence.computed + count
-        if computed % self.block_size < count:
-            self._seal(sequence, count)
+    def computed(self, slices: Iterable[Slice]) -> None:
+        """The oldest flight has come back with these, whose sequences are not gone. What they sampled is pending no
+        more: the caller knows it."""
+        block_size = self.block_size
+        for part in slices:
+            sequence, count = part.sequence, part.count
+            sequence.pending -= part.samples
+            sequence.computed = computed = sequence.computed + count
+            if computed % block_size < count:
+                self._seal(sequence, count)
 
     def end(self) -> None:
         """The oldest flight is over: nothing of it writes any more."""

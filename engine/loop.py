@@ -18,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
 from ..common.clock import Clock
@@ -39,14 +40,24 @@ MAX_FAILURES = 3
 """Steps that may fail one after the other before the loop gives up and the process ends."""
 
 
+Shares = Listing[tuple[Role, Listing[int]]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step from its plan to its end. `owners[i]` planned slice i; `begun` is when it was launched."""
+    """A step from its plan to its end. `shares`: the roles that planned it, and which of its slices; `begun` is when it
+    was launched."""
 
     plan: StepPlan
-    owners: list[Role]
+    shares: Shares
     flight: Flight
     begun: float
+
+    def left(self) -> Iterator[tuple[Role, Listing[int]]]:
+        """The shares, without slices whose sequences are gone."""
+        slices, gone = self.plan.slices, self.flight.gone
+        for role, rows in self.shares:
+            yield role, [row for row in rows if slices[row].sequence not in gone] if gone else rows
 
 
 class EngineLoop:
@@ -57,7 +68,7 @@ class EngineLoop:
     """
 
     def __init__(
-        self, context: Context, roles: Sequence[Role], runner: Runner, inbox: Inbox, clock: Clock,
+        self, context: Context, roles: Listing[Role], runner: Runner, inbox: Inbox, clock: Clock,
         deliver: Callable[[Mail], None], overlap: bool = False,
     ) -> None:  # fmt: skip
         self.context = context
@@ -124,39 +135,40 @@ class EngineLoop:
 
     def _plain_round(self, now: float) -> bool:
         """Plan a step, have it computed, and see what it drew."""
-        plan, owners = self._plan(now)
-        if plan.slices and self._launch(plan, owners):
+        plan, shares = self._plan(now)
+        if plan.slices and self._launch(plan, shares):
             self._collect()
         return bool(plan.slices)
 
     def _overlapped_round(self, now: float) -> bool:
         """While the step before computes, plan one and launch it behind that; then see what that one drew."""
         under_way = bool(self._running)
-        plan, owners = self._plan(now)
+        plan, shares = self._plan(now)
         if plan.short:
             self._collect()
-            plan, owners = self._plan(now)
+            plan, shares = self._plan(now)
         if plan.slices:
-            self._launch(plan, owners)
+            self._launch(plan, shares)
         if len(self._running) > bool(plan.slices):
             self._collect()
         return under_way or bool(plan.slices)
 
-    def _plan(self, now: float) -> tuple[StepPlan, list[Role]]:
-        """A step, and the role that planned each slice of it."""
+    def _plan(self, now: float) -> tuple[StepPlan, Shares]:
+        """A step, and who planned what of it."""
         plan = StepPlan(self.context.limits.max_batch_tokens, ahead=bool(self._running))
-        owners: list[Role] = []
+        shares = []
         for role in self.roles:
+            first = len(plan.slices)
             role.plan(plan, now)
-            owners += [role] * (len(plan.slices) - len(owners))
+            shares.append((role, range(first, len(plan.slices))))
             if plan.short:
                 break
-        return plan, owners
+        return plan, shares
 
-    def _launch(self, plan: StepPlan, owners: list[Role]) -> bool:
+    def _launch(self, plan: StepPlan, shares: Shares) -> bool:
         """Give a step to the runner; whether it took it."""
         self._tell()  # what the plan has to say need not wait for the step
-        step = _Step(plan, owners, self.context.table.launch(plan.slices), self._clock.now())
+        step = _Step(plan, shares, self.context.table.launch(plan.slices), self._clock.now())
         try:
             self._running.append((step, self._runner.launch(plan, self._on_layer)))
         except EngineFailure as error:
@@ -182,14 +194,15 @@ class EngineLoop:
             return
         del self._running[0]
         self._failures = 0
-        done, table, gone = self._clock.now(), self.context.table, step.flight.gone
+        done, slices = self._clock.now(), step.plan.slices
         self.context.stats.step(step.plan, done - max(step.begun, self._collected))
         self._collected = done
-        for part, owner, sampled in zip(step.plan.slices, step.owners, results, strict=True):
-            if part.sequence not in gone:
-                table.computed(part)
-                owner.computed(part, sampled, done)
-        table.end()
+        for role, rows in step.left():
+            if rows:
+                parts = [slices[row] for row in rows]
+                self.context.table.computed(parts)
+                role.computed(parts, results.pick(rows), done)
+        self.context.table.end()
 
     def _on_layer(self, layer: int) -> None:
         for role in self.roles:
@@ -200,9 +213,9 @@ class EngineLoop:
         self._failures += 1
         log.error("step failed (%d in a row): %s", self._failures, error)
         for step in steps:
-            for part, owner in zip(step.plan.slices, step.owners, strict=True):
-                if part.sequence not in step.flight.gone:
-                    owner.failed(part, error)
+            for role, rows in step.left():
+                for row in rows:
+                    role.failed(step.plan.slices[row], error)
         for _ in steps:
             self.context.table.end()
         if isinstance(error, EngineBroken):

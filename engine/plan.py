@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,12 +60,44 @@ class StepPlan:
         return sum(s.count for s in self.slices)
 
 
-@dataclass(slots=True)  # as `Slice`
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """A token drawn for a slice, with its log-probability where the request asked for it."""
 
     token: int
     logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a step drew, in columns: no object is made for each of 256 requests. Entry i is of slice i; None where that
+    samples nothing. `logprobs` has those that were asked for, by index. Iterating makes the `Sampled`s."""
+
+    tokens: list[int | None]
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self) -> Iterator[Sampled | None]:
+        for index, token in enumerate(self.tokens):
+            yield None if token is None else Sampled(token, self.logprobs.get(index))
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens."""
+        return len(self.tokens) - self.tokens.count(None)
+
+    def pick(self, entries: Listing[int | None]) -> Results:
+        """These entries, in this order; None is a slice that samples nothing."""
+        tokens = self.tokens
+        if entries == range(len(tokens)):
+            return self
+        picked = [None if entry is None else tokens[entry] for entry in entries]
+        if not self.logprobs:
+            return Results(picked)
+        found = [(i, self.logprobs.get(entry)) for i, entry in enumerate(entries) if entry is not None]
+        return Results(picked, {i: logprob for i, logprob in found if logprob is not None})
 
 
 OnLayer = Callable[[int], None]
@@ -74,9 +107,8 @@ OnLayer = Callable[[int], None]
 class Launched(Protocol):
     """A step that has been given to the device, and may not be through."""
 
-    def results(self) -> list[Sampled | None]:
-        """Wait for its end. One entry for each slice, in order; None where the slice does not sample. Raises
-        `EngineFailure` where the step failed, or does not end in time."""
+    def results(self) -> Results:
+        """Wait for its end. Raises `EngineFailure` where the step failed, or does not end in time."""
         ...
 
 
@@ -84,10 +116,10 @@ class Launched(Protocol):
 class Ended:
     """Implements `Launched` for runners that compute at once."""
 
-    sampled: list[Sampled | None]
+    tokens: list[int | None]
 
-    def results(self) -> list[Sampled | None]:
-        return self.sampled
+    def results(self) -> Results:
+        return Results(self.tokens)
 
 
 class Runner(Protocol):

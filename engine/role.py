@@ -10,10 +10,10 @@ from typing import Protocol
 from ..common.config import HandoverConfig
 from ..common.errors import BatonError
 from ..common.messages import Endpoint, TokenOut
-from ..common.types import FinishReason, WorkerRef
+from ..common.types import WorkerRef
 from .block_table import BlockTable
 from .mailbox import InboxItem, Outbox
-from .plan import Sampled, Slice, StepPlan
+from .plan import Results, Slice, StepPlan
 from .sequence import Sequence
 from .stats import Stats
 
@@ -46,21 +46,6 @@ class Context:
     @property
     def ref(self) -> WorkerRef:
         return self.endpoint.ref
-
-    def accept(self, sequence: Sequence, sampled: Sampled) -> FinishReason | None:
-        """Append a sampled token; say why the request ends with it, None if it goes on. The token that ends it is told
-        too."""
-        params, tokens, token = sequence.request.params, sequence.tokens, sampled.token
-        tokens.append(token)
-        self.stats.output_tokens += 1
-        stops = token in params.stop_token_ids or (token in self.limits.eos_ids and not params.ignore_eos)
-        if stops and sequence.output_len >= params.min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(tokens) >= sequence.limit else None
-
-    def emit(self, sequence: Sequence, sampled: Sampled) -> None:
-        """Tell the router the sequence's last token."""
-        self.outbox.token(sequence.key, len(sequence.tokens) - 1, sampled.token, sampled.logprob)
 
 
 class Host(Protocol):
@@ -95,8 +80,8 @@ class LocalBatch(Protocol):
 
 class Role(Protocol):
     """A policy. The loop calls, in each round: `receive` for each item, `tick`, `plan`, `on_layer` while the step is
-    launched, and, when it or the one before has ended, `computed` (or `failed`) for each slice that this role planned
-    and whose sequence has not been dropped since. `failed` drops it."""
+    launched, and, when it or the one before has ended, `computed` with the slices that this role planned and whose
+    sequences have not been dropped since, or `failed` for each of them, which drops it."""
 
     def receive(self, item: InboxItem, now: float) -> None: ...
 
@@ -106,7 +91,7 @@ class Role(Protocol):
 
     def on_layer(self, layer: int) -> None: ...
 
-    def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None: ...
+    def computed(self, parts: list[Slice], results: Results, now: float) -> None: ...
 
     def failed(self, part: Slice, error: BatonError) -> None: ...
 
@@ -144,7 +129,7 @@ class Computeless:
     def on_layer(self, layer: int) -> None:
         """Nothing leaves layer by layer."""
 
-    def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None:
+    def computed(self, parts: list[Slice], results: Results, now: float) -> None:
         raise AssertionError("nothing was planned")
 
     def failed(self, part: Slice, error: BatonError) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from .graphs import CudaCapture, Graphs, ladder
 from .group import RankGroup
 from .kv_pool import KvPool, device_allocator
 from .model_config import ModelConfig
-from .plan import Launched, OnLayer, Sampled, Slice, StepPlan
+from .plan import Launched, OnLayer, Results, StepPlan
 from .rank import MakeAllocator, Rank, load_rank, resolve
 from .rehearsal import rehearsals
 from .sampler import Drawn, Sampler
 from .sequence import Sequence
 from .shard import shard
+from .tables import Tables
 from .weights import Progress, weights_digest
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,9 @@ class TorchRunner:
         self._followers = followers
         self._graphs = graphs
         self._sampler = Sampler(rank.model_config.eos_ids, rank.model_config.vocab_size, rank.device, rows)
-        self._rows: dict[Sequence, int] = {}  # of `drawn`: who drew there in the step before
+        self._drew: list[Sequence] = []  # in the step before: who drew, in the order of the rows of `drawn`
+        self._rows: dict[Sequence, int] = {}  # and these rows
+        self._tables = Tables()
         self._pinned = rank.device.type == "cuda"
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
@@ -65,7 +69,7 @@ class TorchRunner:
         # Single rows come first. What a graph computes has no others.
         slices = plan.slices if fill else sorted(plan.slices, key=lambda part: part.count != 1)
         sampling = [part for part in slices if part.samples]
-        batch = Batch.of(slices, self._rank.pool.format.block_size, self._rows, fill, self._pinned)
+        batch = Batch.of(slices, self._rank.pool.format.block_size, self._rows, fill, self._pinned, self._tables)
         if self._followers is not None:
             if batch.pending:  # other ranks have not seen what was drawn
                 batch.complete(self._drawn.tolist())
@@ -85,8 +89,12 @@ class TorchRunner:
                 raise EngineFailure(why) from error
             self._followers.lose(why)
             raise EngineBroken(why) from error
-        self._rows = {part.sequence: row for row, part in enumerate(sampling)}
-        return _Step(drawn, plan.slices, self._rows)
+        drew = [part.sequence for part in sampling]
+        if drew != self._drew:
+            self._drew, self._rows = drew, {sequence: row for row, sequence in enumerate(drew)}
+        if fill:
+            return _Step(drawn, range(len(slices)))
+        return _Step(drawn, [self._rows[part.sequence] if part.samples else None for part in plan.slices])
 
     def _all_layers(self, on_layer: OnLayer | None) -> None:
         """A graph does not stop for anybody: KV of all its layers is on its way at once."""
@@ -97,21 +105,18 @@ class TorchRunner:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Implements `plan.Launched`. `rows`: of `drawn`, by who draws there."""
+    """Implements `plan.Launched`. `rows`: of `drawn`, one for each slice; None where that samples nothing."""
 
     drawn: Drawn
-    slices: list[Slice]
-    rows: dict[Sequence, int]
+    rows: Listing[int | None]
 
-    def results(self) -> list[Sampled | None]:
+    def results(self) -> Results:
         """See `plan.Launched.results`. Raises `EngineBroken`: where a device fails at what it was given, or does not
         end it, nobody knows what it still does."""
         try:
-            sampled = self.drawn.results()
+            return self.drawn.results().pick(self.rows)
         except EngineFailure as error:
             raise EngineBroken(error.message) from error
-        rows = self.rows
-        return [sampled[rows[part.sequence]] if part.samples else None for part in self.slices]
 
 
 @dataclass(frozen=True, slots=True)

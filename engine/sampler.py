@@ -1,4 +1,4 @@
-"""From sequences to what the sampling kernels read, and from what they draw to `Sampled`.
+"""From sequences to what the sampling kernels read, and from what they draw to `Results`.
 
 What is computed, and in which order, stands in `kernels/sampling.py`. Reported log-probabilities are of the model's own
 distribution: log_softmax of the untouched logits.
@@ -19,7 +19,7 @@ from ..common.types import TokenLogprob
 from ..kernels import sampling
 from ..kernels.sampling import IN_PROMPT, MOST, RECORD
 from .knobs import Knobs, Words
-from .plan import Sampled, Slice
+from .plan import Results, Slice
 from .sequence import Sequence
 from .slots import Slots
 
@@ -44,7 +44,7 @@ class Sampler:
         self._slots = Slots()
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int16, device=self._device)
         self._spare = torch.empty(0, vocab_size, dtype=torch.int32, device=self._device)
-        self._rows = _Rows.of([])
+        self._rows = _Rows.of([], [])
         self._make_room(rows, rows)
 
     def sample(self, logits: torch.Tensor, slices: Rowwise[Slice], best: torch.Tensor | None = None) -> Drawn:
@@ -52,9 +52,9 @@ class Sampler:
         gets the position `slices[r].end`. `best` is what `sampling.greedy` found in these logits, if a graph has asked
         it already. Nothing here waits for a device. Raises `EngineFailure` where the tokens of a sequence with
         penalties are not known: one that draws must have drawn in the step before, or have no pending token."""
-        knobs = [part.sequence.knobs or self._knobs(part.sequence) for part in slices]
-        if knobs != self._rows.knobs:
-            self._rows = _Rows.of(knobs)
+        owners = [part.sequence for part in slices]
+        if owners != self._rows.owners:
+            self._rows = _Rows.of(owners, [owner.knobs or self._knobs(owner) for owner in owners])
         asked = self._rows.asked
         if asked:
             (rows,) = self._send(np.array(asked))
@@ -65,7 +65,7 @@ class Sampler:
             tokens = sampling.greedy(logits) if best is None else best
         if not asked:
             return Drawn.of(tokens)
-        counts = [knobs[row].logprobs or 0 for row in asked]
+        counts = [self._rows.knobs[row].logprobs or 0 for row in asked]
         return Drawn.of(tokens, _Logprobs.of(untouched, tokens[rows], asked, counts))
 
     def _knobs(self, sequence: Sequence) -> Knobs:
@@ -128,12 +128,14 @@ class Sampler:
 class _Rows:
     """What the knobs of a step's rows come to, which stays for as long as the same sequences draw in the same order.
 
+    owners      of the rows
     greedy      all rows are
     asked       rows whose log-probabilities are reported
     edited      rows whose logits are changed, and `penalised` those of them that what has been said changes
     records     one after the other
     """
 
+    owners: list[Sequence]
     knobs: list[Knobs]
     greedy: bool
     asked: list[int]
@@ -142,8 +144,9 @@ class _Rows:
     records: bytes
 
     @classmethod
-    def of(cls, knobs: list[Knobs]) -> _Rows:
+    def of(cls, owners: list[Sequence], knobs: list[Knobs]) -> _Rows:
         return cls(
+            owners=owners,
             knobs=knobs,
             greedy=all(k.greedy for k in knobs),
             asked=[row for row, k in enumerate(knobs) if k.logprobs is not None],
@@ -183,7 +186,7 @@ class Drawn:
             ended.record()
         return cls(tokens, here, logprobs, ended)
 
-    def results(self, wait_s: float = WAIT_S) -> list[Sampled]:
+    def results(self, wait_s: float = WAIT_S) -> Results:
         """One entry for each row. Raises `EngineFailure` where they do not come in time, or the device has failed."""
         deadline = time.monotonic() + wait_s
         try:
@@ -193,11 +196,7 @@ class Drawn:
                 time.sleep(_POLL_S)
         except RuntimeError as error:  # of the device, and of some kernel before
             raise EngineFailure(f"a step failed on the device: {error}") from error
-        tokens: list[int] = self._here.tolist()
-        sampled = list(map(Sampled, tokens))
-        for row, logprob in self._logprobs.results() if self._logprobs else ():
-            sampled[row] = Sampled(tokens[row], logprob)
-        return sampled
+        return Results(self._here.tolist(), self._logprobs.results() if self._logprobs else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +218,8 @@ class _Logprobs:
         here = (part.to("cpu", non_blocking=True) for part in (chosen, best.values, best.indices))
         return cls(rows, counts, *here)
 
-    def results(self) -> list[tuple[int, TokenLogprob]]:
-        """With the row that each belongs to. Only once they are here."""
+    def results(self) -> dict[int, TokenLogprob]:
+        """By the row that each belongs to. Only once they are here."""
         lists = zip(self.chosen.tolist(), self.tokens.tolist(), self.values.tolist(), self.counts, strict=True)
         made = [TokenLogprob(chosen, tuple(zip(ids[:n], best[:n], strict=True))) for chosen, ids, best, n in lists]
-        return list(zip(self.rows, made, strict=True))
+        return dict(zip(self.rows, made, strict=True))

@@ -8,7 +8,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING
 
 from ..common.hashing import BlockHash
-from ..common.types import Request, SamplingParams
+from ..common.types import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:  # planners and the simulator load no torch
     from .knobs import Knobs
@@ -30,8 +30,12 @@ class Sequence:
     launched      the same, but counting what launched steps are computing as well: launched >= computed
     pending       tokens that launched steps draw and nobody knows yet; none or one when a step is planned
     limit         length at which the request ends, whatever is drawn: by max_tokens, or by `max_model_len`
+    ends          tokens that end the request, once it has `ends_from` of them: the model's `eos_ids` and its own
     deadline      on the worker's own clock, seconds
     knobs         what the sampler made of `params`
+
+    What is asked of a request at every token (`limit`, `ends`) is kept here, so that no step walks through requests and
+    their parameters: after a step's wait for the device, each object that is touched has to come from memory.
     """
 
     key: SequenceKey
@@ -48,12 +52,28 @@ class Sequence:
     cached: int = 0
     preemptions: int = 0
     limit: int = 0
+    ends: frozenset[int] = frozenset()
+    ends_from: int = 0
     knobs: Knobs | None = None
     max_model_len: InitVar[int] = sys.maxsize
+    eos_ids: InitVar[frozenset[int]] = frozenset()
 
-    def __post_init__(self, max_model_len: int) -> None:
+    def __post_init__(self, max_model_len: int, eos_ids: frozenset[int]) -> None:
+        prompt_len, params = self.request.prompt_len, self.request.params
         self.tokens = list(self.request.tokens)
-        self.limit = min(self.request.prompt_len + self.request.params.max_tokens, max_model_len)
+        self.limit = min(prompt_len + params.max_tokens, max_model_len)
+        ends = frozenset() if params.ignore_eos else eos_ids
+        self.ends = ends.union(params.stop_token_ids) if params.stop_token_ids else ends
+        self.ends_from = prompt_len + params.min_tokens
+
+    def accept(self, token: int) -> FinishReason | None:
+        """Append a token; say why the request ends with it, None if it goes on."""
+        tokens = self.tokens
+        tokens.append(token)
+        length = len(tokens)
+        if token in self.ends and length >= self.ends_from:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if length >= self.limit else None
 
     @property
     def prompt_len(self) -> int:

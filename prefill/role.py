@@ -38,7 +38,7 @@ from ..common.messages import (
 )
 from ..common.types import WorkerRef
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
-from ..engine.plan import Sampled, Slice, StepPlan
+from ..engine.plan import Results, Sampled, Slice, StepPlan
 from ..engine.role import Context, LocalBatch
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.sender import Outgoing, Sender
@@ -95,7 +95,9 @@ class PrefillRole:
     def _submit(self, router: str, submit: Submit, now: float) -> None:
         request, limits = submit.request, self._context.limits
         key, deadline = (router, submit.ticket), now + request.deadline_s
-        sequence = Sequence(key, request, submit.attempt, now, deadline, max_model_len=limits.max_model_len)
+        sequence = Sequence(
+            key, request, submit.attempt, now, deadline, max_model_len=limits.max_model_len, eos_ids=limits.eos_ids
+        )
         try:
             if not request.tokens or not 0 < request.prompt_len <= len(request.tokens):
                 raise InvalidRequest("a request needs at least one prompt token")
@@ -197,20 +199,24 @@ class PrefillRole:
         """This layer's KV of the running step is in the pool: it leaves while later layers compute."""
         self._outlet.layer(layer)
 
-    def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None:
-        sequence = part.sequence
-        if sampled is None:
-            return
+    def computed(self, parts: list[Slice], results: Results, now: float) -> None:
+        self._context.stats.output_tokens += results.drawn
+        for part, sampled in zip(parts, results, strict=True):
+            if sampled is not None:
+                self._drew(part.sequence, sampled, now)
+
+    def _drew(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
+        """A prompt is computed, and this is the first token after it."""
         self._planner.remove(sequence)
-        outgoing = self._sender.of(sequence)
-        reason = self._context.accept(sequence, sampled)
+        outgoing, position = self._sender.of(sequence), len(sequence.tokens)
+        reason = sequence.accept(sampled.token)
         if reason is not None or outgoing is None:
-            self._context.emit(sequence, sampled)
+            self._context.outbox.token(sequence.key, position, sampled.token, sampled.logprob)
         if reason is not None:
             self._context.outbox.finished(sequence.key, reason)
             self._end(sequence, "finished", "the request ended with its first token")
         elif outgoing is not None:
-            first = TokenOut(sequence.key[1], len(sequence.tokens) - 1, sampled.token, sampled.logprob)
+            first = TokenOut(sequence.key[1], position, sampled.token, sampled.logprob)
             self._sender.commit(outgoing, (first,), sequence.deadline - now, now)
         else:
             del self._sequences[sequence.key]

@@ -21,7 +21,7 @@ from baton.common.errors import TransportFailed
 from baton.common.kv_format import KvFormat
 from baton.common.messages import Endpoint
 from baton.common.types import Request, Role, SamplingParams, WorkerRef
-from baton.engine.plan import Ended, Launched, OnLayer, Sampled, Slice, StepPlan
+from baton.engine.plan import Ended, Launched, OnLayer, Results, Slice, StepPlan
 from baton.kvtransfer.host_store import Bytes, HostStore
 from baton.kvtransfer.shm import SharedMemory
 from baton.kvtransfer.transport import Mark
@@ -132,7 +132,7 @@ class ToyRunner:
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         return Ended(self.compute(plan, [Told.of(part) for part in plan.slices], on_layer))
 
-    def compute(self, plan: StepPlan, parts: Sequence[Told], on_layer: OnLayer | None) -> list[Sampled | None]:
+    def compute(self, plan: StepPlan, parts: Sequence[Told], on_layer: OnLayer | None) -> list[int | None]:
         if callable(self.before):
             self.before(plan)
         for part in parts:
@@ -140,7 +140,7 @@ class ToyRunner:
                 part.tokens.append(self._drawn[part.owner])
         self.forward(parts, on_layer)
         self._drawn = {part.owner: _next(self.kv(part).tobytes()) for part in parts if part.samples}
-        return [Sampled(self._drawn[part.owner]) if part.samples else None for part in parts]
+        return [self._drawn[part.owner] if part.samples else None for part in parts]
 
     def forward(self, parts: Sequence[Told], on_layer: OnLayer | None) -> None:
         for layer in range(LAYERS):
@@ -194,10 +194,10 @@ class _Late:
     before: threading.Event
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def results(self) -> list[Sampled | None]:
+    def results(self) -> Results:
         assert self.before.is_set(), "steps are collected in their order"
         try:
-            return self.runner.compute(self.plan, self.parts, None)
+            return Results(self.runner.compute(self.plan, self.parts, None))
         finally:
             self.ended.set()
 

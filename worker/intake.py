@@ -148,8 +148,10 @@ class Intake(Computeless):
         """Blocks, the cached prefix among them pinned; or no, at once."""
         request, table = message.request, self._context.table
         name, deadline = (message.router, message.ticket), now + request.deadline_s
-        longest = self._context.limits.max_model_len
-        sequence = Sequence(name, request, message.attempt, now, deadline, max_model_len=longest)
+        limits = self._context.limits
+        sequence = Sequence(
+            name, request, message.attempt, now, deadline, max_model_len=limits.max_model_len, eos_ids=limits.eos_ids
+        )
         try:
             self._check(source, message, sequence)
             transport = choose(source, self._context.endpoint, self._context.handover.transport, message.avoid)

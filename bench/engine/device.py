@@ -20,7 +20,7 @@ import torch
 from ...common.kv_format import KvFormat
 from ...engine.batch import Batch, Inputs
 from ...engine.graphs import Graphs, ladder
-from ...engine.plan import Launched, OnLayer, Sampled, StepPlan
+from ...engine.plan import Launched, OnLayer, Results, StepPlan
 from ...engine.rank import Rank
 from ...engine.runner import TorchRunner
 from ...engine.sampler import Sampler
@@ -172,7 +172,7 @@ class StandinStep:
     end: float
     watch: Watch
 
-    def results(self) -> list[Sampled | None]:
+    def results(self) -> Results:
         with self.watch.part("device"):
             time.sleep(max(0.0, self.end - time.perf_counter()))
         return self.step.results()

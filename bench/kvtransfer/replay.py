@@ -20,7 +20,7 @@ from ...common.config import WorkerConfig, from_json
 from ...common.kv_format import KvFormat
 from ...deploy.launch.launcher import Envelope
 from ...engine.model_config import ModelConfig
-from ...engine.plan import Ended, Launched, OnLayer, Sampled, StepPlan
+from ...engine.plan import Ended, Launched, OnLayer, StepPlan
 from ...kvtransfer.host_store import HostStore
 from ...kvtransfer.shm import SharedMemory
 from ...protos.control import ControllerClient
@@ -41,7 +41,7 @@ class Idle:
         if on_layer is not None:
             for layer in range(self.num_layers):
                 on_layer(layer)
-        return Ended([Sampled(TOKEN_DRAWN) if part.samples else None for part in plan.slices])
+        return Ended([TOKEN_DRAWN if part.samples else None for part in plan.slices])
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ def made(first_block: int, tokens: Listing[int] = PROMPT) -> Sequence:
 def step(engine: Engine, *parts: tuple[Sequence, int]) -> list[Sampled | None]:
     """One step over (sequence, tokens to compute); what is sampled is appended."""
     slices = [Slice.of(owner, owner.launched, count) for owner, count in parts]
-    found = engine.runner.launch(StepPlan(99, slices)).results()
+    found = list(engine.runner.launch(StepPlan(99, slices)).results())
     for part, sampled in zip(slices, found, strict=True):
         part.sequence.launched = part.end
         part.sequence.tokens += [sampled.token] if sampled else []

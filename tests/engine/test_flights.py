@@ -65,7 +65,7 @@ class Books:
         for part in slices:
             if part.sequence not in flight.gone:
                 assert part.start == part.sequence.computed
-                self.table.computed(part)
+                self.table.computed([part])
                 part.sequence.tokens += [self.rng.randrange(99)] * part.samples
         self.table.end()
         self.flights.popleft()
@@ -131,7 +131,7 @@ def test_only_what_has_been_computed_is_found() -> None:
     other = Sequence(("r", 2), request("", range(9), 9), 1, 0.0, 0.0)
     assert (sequence.launched, sequence.pending, sequence.length, sequence.missing) == (8, 1, 9, 1)
     assert table.cached_prefix(other, 9) == []
-    table.computed(Slice(sequence, 0, 8, samples=True))
+    table.computed([Slice(sequence, 0, 8, samples=True)])
     table.end()
     assert len(table.cached_prefix(other, 9)) == 2 and sequence.pending == 0
 

@@ -16,7 +16,7 @@ from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import Inbox, InboxItem, Mail, Outbox, Recast
-from baton.engine.plan import Launched, OnLayer, Runner, Sampled, Slice, StepPlan
+from baton.engine.plan import Launched, OnLayer, Results, Runner, Slice, StepPlan
 from baton.engine.role import Computeless, Context, Limits
 from baton.engine.sequence import Sequence
 from tests.toy import endpoint, request
@@ -43,9 +43,9 @@ class Ending:
     end: float
     slices: int
 
-    def results(self) -> list[Sampled | None]:
+    def results(self) -> Results:
         self.clock.advance(max(0.0, self.end - self.clock.now()))
-        return [Sampled(1)] * self.slices
+        return Results([1] * self.slices)
 
 
 class Failing:
@@ -131,9 +131,10 @@ class Cramped(Computeless):
         else:
             plan.add(self._sequence, 1)
 
-    def computed(self, part: Slice, sampled: Sampled | None, now: float) -> None:
+    def computed(self, parts: list[Slice], results: Results, now: float) -> None:
         self.seen.append("computed")
-        part.sequence.tokens += [sampled.token] if sampled else []
+        for part, token in zip(parts, results.tokens, strict=True):
+            part.sequence.tokens += [] if token is None else [token]
 
 
 def test_a_plan_that_lacks_room_is_made_again_when_nothing_is_under_way() -> None:

@@ -69,7 +69,7 @@ def step(engine: Engine, *parts: tuple[Sequence, int]) -> list[Sampled | None]:
     plan = StepPlan(99)
     for owner, count in parts:
         plan.add(owner, count)
-    results = engine.runner.launch(plan).results()
+    results = list(engine.runner.launch(plan).results())
     for (owner, count), result in zip(parts, results, strict=True):
         owner.launched += count
         owner.tokens += [result.token] if result else []

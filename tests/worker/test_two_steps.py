@@ -21,7 +21,7 @@ from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import FromRouter, Inbox, Mail, Outbox, Recast, RouterGone, RouterJoined
-from baton.engine.plan import Launched, OnLayer, Sampled, StepPlan
+from baton.engine.plan import Launched, OnLayer, Results, StepPlan
 from baton.engine.role import Context, Limits
 from baton.kvtransfer.inlet import RankInlet
 from baton.worker.assembly import Worker
@@ -251,7 +251,7 @@ class Failing:
     launched: Launched
     error: EngineFailure
 
-    def results(self) -> list[Sampled | None]:
+    def results(self) -> Results:
         self.launched.results()
         raise self.error
 
