@@ -67,7 +67,7 @@ class Costs:
 
     def step(self, plan: StepPlan) -> float:
         """Seconds of one step."""
-        decodes = sum(1 for part in plan.slices if part.count == 1 and part.samples)
+        decodes = len(plan.decodes)
         return self.step_s + decodes * self.decode_token_s + (plan.tokens - decodes) * self.prefill_token_s
 
 
@@ -124,7 +124,7 @@ class _Runner:
             self.clock.ahead += share
             if on_layer is not None:
                 on_layer(layer)
-        return Ended([next_token(part.sequence.tokens) if part.samples else None for part in plan.slices])
+        return Ended([next_token(part.sequence.tokens) if part.samples else None for part in plan.parts])
 
 
 def next_token(tokens: Sequence[int]) -> int:

@@ -32,7 +32,7 @@ from ..common.messages import (
     TransportBroken,
 )
 from ..common.types import WorkerRef
-from ..engine.plan import Results, Slice
+from ..engine.plan import Results
 from ..engine.role import Context
 from ..engine.sequence import Sequence
 from ..kvtransfer.sender import Outgoing, Sender
@@ -89,12 +89,11 @@ class Moves:
         outgoing = self._sender.reserve(sequence, target, now, question)
         self._drawn[outgoing.id] = []
 
-    def drew(self, parts: list[Slice], results: Results) -> None:
-        """The sequences of these slices have one more token each, where they drew one."""
+    def drew(self, sequences: list[Sequence], results: Results) -> None:
+        """These have one more token each, where they drew one."""
         if not self._drawn:
             return
-        for part, sampled in zip(parts, results, strict=True):
-            sequence = part.sequence
+        for sequence, sampled in zip(sequences, results, strict=True):
             if sampled is not None and (outgoing := self._sender.of(sequence)):
                 token = TokenOut(sequence.key[1], len(sequence.tokens) - 1, sampled.token, sampled.logprob)
                 self._drawn[outgoing.id].append(token)

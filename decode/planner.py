@@ -76,7 +76,10 @@ class ContinuousBatching:
             if pending and length >= sequence.limit:
                 continue  # the step that is under way draws its last token
             if length <= len(sequence.blocks) * block_size or self._make_room(sequence, plan):
-                plan.add(sequence, length - sequence.launched)
+                if length == sequence.launched + 1:
+                    plan.decode(sequence)
+                else:  # it was preempted
+                    plan.add(sequence, length - sequence.launched)
             elif plan.short:
                 break
 

@@ -15,7 +15,7 @@ from ..common.errors import BatonError, DeadlineExceeded, PoolFull, StaleAttempt
 from ..common.messages import Cancel, Move, Purpose, TokenOut, TransportBroken
 from ..common.types import FinishReason, WorkerRef
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
-from ..engine.plan import Results, Slice, StepPlan
+from ..engine.plan import Results, StepPlan
 from ..engine.role import Context
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.transport import Outlet
@@ -127,26 +127,25 @@ class DecodeRole:
     def on_layer(self, layer: int) -> None:
         """Nothing leaves a decode worker layer by layer."""
 
-    def computed(self, parts: list[Slice], results: Results, now: float) -> None:
+    def computed(self, sequences: list[Sequence], results: Results, now: float) -> None:
         outbox, logprobs = self._context.outbox, results.logprobs
         ended: list[tuple[Sequence, FinishReason]] = []
-        for row, (part, token) in enumerate(zip(parts, results.tokens, strict=True)):
+        for row, (sequence, token) in enumerate(zip(sequences, results.tokens, strict=True)):
             if token is None:
                 continue  # a chunk of a recompute
-            sequence = part.sequence
             reason = sequence.accept(token)
             outbox.token(sequence.key, len(sequence.tokens) - 1, token, logprobs.get(row))
             if reason is not None:
                 ended.append((sequence, reason))
         self._context.stats.output_tokens += results.drawn
-        self._moves.drew(parts, results)
+        self._moves.drew(sequences, results)
         for sequence, reason in ended:
             outbox.finished(sequence.key, reason)
             self._moves.interrupt(sequence, "finished", "the request ended before it had moved")
             self._remove(sequence)
 
-    def failed(self, part: Slice, error: BatonError) -> None:
-        self._fail(part.sequence, error)
+    def failed(self, sequence: Sequence, error: BatonError) -> None:
+        self._fail(sequence, error)
 
     # --- ends ---
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..kernels.ops import Rows
-from .plan import Slice
+from .plan import Slice, StepPlan
 from .sequence import Sequence
 from .tables import Tables
 
@@ -100,48 +100,50 @@ class Batch:
 
     @classmethod
     def of(
-        cls, slices: Listing[Slice], block_size: int, drawn: Mapping[Sequence, int], fill: int = 0,
-        pinned: bool = False, tables: Tables | None = None,
+        cls, plan: StepPlan, block_size: int, drawn: Mapping[Sequence, int], fill: int = 0, pinned: bool = False,
+        tables: Tables | None = None,
     ) -> Batch:  # fmt: skip
-        """Those that have one row must come first. `drawn`: each sequence's row in the step before. `fill`: make it
-        this many sequences by adding empty ones, of one row, no token and no block each: only for batches in which
-        all have one row. `tables` joins their tables; give it the same again. Built with a handful of array
-        operations, since each costs as much as a dozen rows."""
-        real, total = len(slices), max(len(slices), fill)
+        """Decodes come first, then slices as in `row_order`. `drawn`: each sequence's row in the step before. `fill`:
+        make it this many sequences by adding empty ones, of one row, no token and no block each: only for batches in
+        which all have one row. `tables` joins their tables; give it the same again. Built with a handful of array
+        operations, each of which costs as much as a dozen rows."""
+        slices = row_order(plan.slices)
+        held = [owner.blocks for owner in plan.decodes] + [part.sequence.blocks for part in slices]
+        sizes, joined = (tables or Tables()).join(held)
+        tokens = _tokens(plan, slices, drawn)
         counts = [part.count for part in slices]
-        singles = counts.count(1)
-        tokens = _tokens(slices, singles, drawn)
-        sizes, joined = (tables or Tables()).join([part.sequence.blocks for part in slices])
-        wanted = range(total) if fill else [i for i, part in enumerate(slices) if part.samples]
-        layout = Layout(len(tokens) + total - real, total, len(wanted), len(joined) // _NARROW)
+        rows, real, total = len(tokens), len(held), max(len(held), fill)
+        silent = [i for i, part in enumerate(slices, len(plan.decodes)) if not part.samples]
+        layout = Layout(rows + total - real, total, total - len(silent), len(joined) // _NARROW)
         data = torch.empty(layout.size, dtype=torch.uint8, pin_memory=pinned)
         to = layout.cut(data.numpy(), np.int64, np.int32)
-        rows, first = len(tokens), np.array([part.start for part in slices])
+
         to.starts[:] = np.arange(total + 1)
-        owner: Any = slice(real)  # row i is of sequence i
-        positions = first
-        if singles < real:
-            np.cumsum(counts[singles:], out=to.starts[singles + 1 :])
-            to.starts[singles + 1 :] += singles
-            owner = np.repeat(np.arange(real), counts)
-            positions = np.arange(rows) + (first - to.starts[:real])[owner]
-        np.add(first, counts, out=to.lengths[:real], casting="same_kind")
         to.table_starts[0] = 0
         np.cumsum(sizes, out=to.table_starts[1 : real + 1])
         to.tables[:] = np.frombuffer(joined, np.int32)
-        to.wanted[:] = to.starts[1:][wanted] - 1 if len(wanted) < total else to.starts[1:] - 1
+        positions, begins = np.array(plan.starts + [part.start for part in slices]), to.table_starts[:real]
+        to.lengths[:real] = positions + 1
+        singles = len(plan.decodes) + counts.count(1)
+        if singles < real:  # else row i is the one of sequence i
+            several = counts[singles - real :]
+            to.starts[singles + 1 :] = singles + np.cumsum(several)
+            to.lengths[singles:] = positions[singles:] + several
+            owner = np.repeat(np.arange(real), np.diff(to.starts))
+            positions = np.arange(rows) + (positions - to.starts[:-1])[owner]
+            begins = begins[owner]
+        last = to.starts[1:] - 1
+        to.wanted[:] = np.delete(last, silent) if silent else last
         block, place = np.divmod(positions, block_size)
+        to.slots[:rows] = to.tables[begins + block] * np.int64(block_size) + place
         to.positions[:rows] = positions
-        to.slots[:rows] = to.tables[to.table_starts[owner] + block] * np.int64(block_size) + place
         to.tokens[:rows] = tokens
         if real < total:
             to.lengths[real:], to.table_starts[real + 1 :] = 0, layout.blocks
-            for array, empty in ((to.tokens, 0), (to.positions, 0), (to.slots, NO_SLOT)):
-                array[rows:] = empty
-        pending = min(tokens) < 0
+            to.tokens[rows:], to.positions[rows:], to.slots[rows:] = 0, 0, NO_SLOT
         np.maximum(~to.tokens, NOT_DRAWN, out=to.drawn)
         np.maximum(to.tokens, 0, out=to.tokens)
-        return cls(layout, data, singles + total - real, pending)
+        return cls(layout, data, singles + total - real, min(tokens) < 0)
 
     def arrays(self) -> Arrays:
         return self.layout.cut(self.data.numpy(), np.int64, np.int32)
@@ -186,13 +188,18 @@ def inputs(
     return Inputs(there.tokens, there.drawn, there.wanted, rows)
 
 
-def _tokens(slices: Listing[Slice], singles: int, drawn: Mapping[Sequence, int]) -> list[int]:
+def row_order(slices: Listing[Slice]) -> list[Slice]:
+    """Those of one row come first."""
+    return sorted(slices, key=lambda part: part.count != 1)
+
+
+def _tokens(plan: StepPlan, slices: Listing[Slice], drawn: Mapping[Sequence, int]) -> list[int]:
     """What each row embeds: a token, or ~r if nobody knows it and row r of the step before draws it."""
     tokens = [
-        known[start] if (start := part.start) < len(known := part.sequence.tokens) else ~drawn[part.sequence]
-        for part in slices[:singles]
+        known[start] if start < len(known := owner.tokens) else ~drawn[owner]
+        for owner, start in zip(plan.decodes, plan.starts, strict=True)
     ]
-    for part in slices[singles:]:
+    for part in slices:
         known = part.sequence.tokens
         tokens += known[part.start : part.end]
         if part.end > len(known):

@@ -13,12 +13,11 @@ handover that comes in, say, would find them overwritten. They are parked until 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..common.hashing import BlockHash, BlockHasher
 from .block_manager import BlockManager
-from .plan import Slice
+from .plan import StepPlan
 from .sequence import Sequence, SequenceKey
 
 
@@ -124,9 +123,12 @@ class BlockTable:
 
     # --- steps ---
 
-    def launch(self, slices: Iterable[Slice]) -> Flight:
-        """A step is about to compute these. Flights end in the order of their launches."""
-        for part in slices:
+    def launch(self, plan: StepPlan) -> Flight:
+        """A step is about to compute this. Flights end in the order of their launches."""
+        for sequence in plan.decodes:
+            sequence.launched += 1
+            sequence.pending += 1
+        for part in plan.slices:
             sequence = part.sequence
             sequence.launched += part.count
             sequence.pending += part.samples
@@ -134,16 +136,22 @@ class BlockTable:
         self._flights.append(flight)
         return flight
 
-    def computed(self, slices: Iterable[Slice]) -> None:
-        """The oldest flight has come back with these, whose sequences are not gone. What they sampled is pending no
-        more: the caller knows it."""
-        block_size = self.block_size
-        for part in slices:
+    def computed(self, plan: StepPlan) -> None:
+        """The oldest flight has come back with this. What it drew for those that are not gone is pending no more: the
+        caller knows it."""
+        block_size, gone = self.block_size, self._flights[0].gone
+        for sequence in [s for s in plan.decodes if s not in gone] if gone else plan.decodes:
+            sequence.pending -= 1
+            sequence.computed = computed = sequence.computed + 1
+            if computed % block_size == 0:
+                self._seal(sequence, 1)
+        for part in plan.slices:
             sequence, count = part.sequence, part.count
-            sequence.pending -= part.samples
-            sequence.computed = computed = sequence.computed + count
-            if computed % block_size < count:
-                self._seal(sequence, count)
+            if sequence not in gone:
+                sequence.pending -= part.samples
+                sequence.computed = computed = sequence.computed + count
+                if computed % block_size < count:
+                    self._seal(sequence, count)
 
     def end(self) -> None:
         """The oldest flight is over: nothing of it writes any more."""

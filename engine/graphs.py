@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .batch import Batch, Inputs, Layout, inputs
-from .plan import Slice
+from .plan import StepPlan
 from .weights import Progress
 
 if TYPE_CHECKING:
@@ -86,12 +86,10 @@ class Graphs:
     def count(self) -> int:
         return len(self._sizes)
 
-    def size_for(self, slices: Sequence[Slice]) -> int:
+    def size_for(self, plan: StepPlan) -> int:
         """The size of the graph that computes this step; 0: none does."""
-        count = len(slices)
-        if count > self._sizes[-1] or not all(part.count == 1 and part.samples for part in slices):
-            return 0
-        if sum([len(part.sequence.blocks) for part in slices]) > self._most_blocks:
+        count = len(plan.decodes)
+        if plan.slices or count > self._sizes[-1] or sum([len(s.blocks) for s in plan.decodes]) > self._most_blocks:
             return 0
         return self._sizes[bisect_left(self._sizes, count)]
 

@@ -30,6 +30,7 @@ from .block_table import Flight
 from .mailbox import FromRouter, Inbox, Inspect, Mail, Recast, RouterGone, RouterJoined
 from .plan import Launched, Runner, StepPlan
 from .role import Context, Role
+from .sequence import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +41,30 @@ MAX_FAILURES = 3
 """Steps that may fail one after the other before the loop gives up and the process ends."""
 
 
-Shares = Listing[tuple[Role, Listing[int]]]
+Shares = Listing[tuple[Role, range, range]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step from its plan to its end. `shares`: the roles that planned it, and which of its slices; `begun` is when it
-    was launched."""
+    """A step from its plan to its end. `shares`: who planned which of its decodes and slices; `begun` is when it was
+    launched."""
 
     plan: StepPlan
     shares: Shares
     flight: Flight
     begun: float
 
-    def left(self) -> Iterator[tuple[Role, Listing[int]]]:
-        """The shares, without slices whose sequences are gone."""
-        slices, gone = self.plan.slices, self.flight.gone
-        for role, rows in self.shares:
-            yield role, [row for row in rows if slices[row].sequence not in gone] if gone else rows
+    def left(self) -> Iterator[tuple[Role, list[Sequence], Listing[int]]]:
+        """The shares, without those that are gone: sequences, and their places in the step's results."""
+        sequences, gone = self.plan.sequences, self.flight.gone
+        for role, decodes, slices in self.shares:
+            rows: Listing[int] = decodes
+            if slices:
+                rows = [*decodes, *(len(self.plan.decodes) + i for i in slices)]
+            if gone:
+                rows = [row for row in rows if sequences[row] not in gone]
+            if rows:
+                yield role, [sequences[row] for row in rows], rows
 
 
 class EngineLoop:
@@ -136,9 +143,9 @@ class EngineLoop:
     def _plain_round(self, now: float) -> bool:
         """Plan a step, have it computed, and see what it drew."""
         plan, shares = self._plan(now)
-        if plan.slices and self._launch(plan, shares):
+        if plan and self._launch(plan, shares):
             self._collect()
-        return bool(plan.slices)
+        return bool(plan)
 
     def _overlapped_round(self, now: float) -> bool:
         """While the step before computes, plan one and launch it behind that; then see what that one drew."""
@@ -147,20 +154,20 @@ class EngineLoop:
         if plan.short:
             self._collect()
             plan, shares = self._plan(now)
-        if plan.slices:
+        if plan:
             self._launch(plan, shares)
-        if len(self._running) > bool(plan.slices):
+        if len(self._running) > bool(plan):
             self._collect()
-        return under_way or bool(plan.slices)
+        return under_way or bool(plan)
 
     def _plan(self, now: float) -> tuple[StepPlan, Shares]:
         """A step, and who planned what of it."""
         plan = StepPlan(self.context.limits.max_batch_tokens, ahead=bool(self._running))
         shares = []
         for role in self.roles:
-            first = len(plan.slices)
+            decodes, slices = len(plan.decodes), len(plan.slices)
             role.plan(plan, now)
-            shares.append((role, range(first, len(plan.slices))))
+            shares.append((role, range(decodes, len(plan.decodes)), range(slices, len(plan.slices))))
             if plan.short:
                 break
         return plan, shares
@@ -168,7 +175,7 @@ class EngineLoop:
     def _launch(self, plan: StepPlan, shares: Shares) -> bool:
         """Give a step to the runner; whether it took it."""
         self._tell()  # what the plan has to say need not wait for the step
-        step = _Step(plan, shares, self.context.table.launch(plan.slices), self._clock.now())
+        step = _Step(plan, shares, self.context.table.launch(plan), self._clock.now())
         try:
             self._running.append((step, self._runner.launch(plan, self._on_layer)))
         except EngineFailure as error:
@@ -194,14 +201,12 @@ class EngineLoop:
             return
         del self._running[0]
         self._failures = 0
-        done, slices = self._clock.now(), step.plan.slices
+        done = self._clock.now()
         self.context.stats.step(step.plan, done - max(step.begun, self._collected))
         self._collected = done
-        for role, rows in step.left():
-            if rows:
-                parts = [slices[row] for row in rows]
-                self.context.table.computed(parts)
-                role.computed(parts, results.pick(rows), done)
+        self.context.table.computed(step.plan)
+        for role, sequences, rows in step.left():
+            role.computed(sequences, results.pick(rows), done)
         self.context.table.end()
 
     def _on_layer(self, layer: int) -> None:
@@ -213,9 +218,9 @@ class EngineLoop:
         self._failures += 1
         log.error("step failed (%d in a row): %s", self._failures, error)
         for step in steps:
-            for role, rows in step.left():
-                for row in rows:
-                    role.failed(step.plan.slices[row], error)
+            for role, sequences, _ in step.left():
+                for sequence in sequences:
+                    role.failed(sequence, error)
         for _ in steps:
             self.context.table.end()
         if isinstance(error, EngineBroken):

@@ -71,10 +71,10 @@ def demand(rank: Rank, config: EngineConfig) -> Demand:
     torch.cuda.synchronize(rank.device)
     held = _released(rank.device)
     torch.cuda.reset_peak_memory_stats(rank.device)
-    slices = largest(config, rank.longest, rank.pool.num_blocks)
-    shape = len(slices), rank.model_config.vocab_size
+    plan = largest(config, rank.longest, rank.pool.num_blocks)
+    shape = len(plan), rank.model_config.vocab_size
     beside = [torch.empty(shape, dtype=torch.float32, device=rank.device) for _ in range(_KEPT)]
-    logits = rank.forward(Batch.of(slices, config.block_size, {}, pinned=True))
+    logits = rank.forward(Batch.of(plan, config.block_size, {}, pinned=True))
     beside += [torch.empty_like(logits) for _ in range(_SAMPLING)]
     torch.cuda.synchronize(rank.device)
     step = torch.cuda.max_memory_reserved(rank.device) - held

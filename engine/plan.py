@@ -11,12 +11,11 @@ from ..common.types import TokenLogprob
 from .sequence import Sequence
 
 
-@dataclass(slots=True)  # not frozen: one is made for each sequence and step, and that would cost five times as much
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Compute KV of the sequence's positions start … start + count - 1. Where that reaches its `length` at planning
     time, the token at position `end` is sampled. The last token may be pending then: drawn by the step before, known to
-    the device and not to the host. count 1 with `samples` is a decode; anything else is a chunk of prefill (or of a
-    recompute)."""
+    the device and not to the host."""
 
     sequence: Sequence
     start: int
@@ -34,17 +33,32 @@ class Slice:
 
 @dataclass(slots=True)
 class StepPlan:
-    """The slices of one step.
+    """What one step computes, for whom.
 
     budget   tokens that may still be added
+    slices   chunks of prompts, and of what is computed again
+    decodes  sequences that get their next token. They are most of what a worker does, so they are columns: no object is
+             made for each of 256 requests
+    starts   for each of `decodes`, the position of its last token: KV of that one is computed, and the next one drawn
     ahead    another step is under way, and what it draws is not known: nobody may be preempted
     short    set by a planner that would have to preempt: what is under way must end first
     """
 
     budget: int
     slices: list[Slice] = field(default_factory=list)
+    decodes: list[Sequence] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
     ahead: bool = False
     short: bool = False
+
+    def __len__(self) -> int:
+        return len(self.decodes) + len(self.slices)
+
+    def decode(self, sequence: Sequence) -> None:
+        """The last token of a sequence, and the only one that no launched step computes."""
+        self.decodes.append(sequence)
+        self.starts.append(sequence.launched)
+        self.budget -= 1
 
     def add(self, sequence: Sequence, count: int) -> None:
         """The next `count` tokens of a sequence that no launched step computes, or as many as fit."""
@@ -57,7 +71,18 @@ class StepPlan:
 
     @property
     def tokens(self) -> int:
-        return sum(s.count for s in self.slices)
+        return len(self.decodes) + sum(part.count for part in self.slices)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """In the order of a step's results: first `decodes`, then those of `slices`."""
+        return [*self.decodes, *(part.sequence for part in self.slices)]
+
+    @property
+    def parts(self) -> list[Slice]:
+        """All of it as slices, in the same order, for who is in no hurry."""
+        decodes = zip(self.decodes, self.starts, strict=True)
+        return [*(Slice(sequence, start, 1, True) for sequence, start in decodes), *self.slices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +95,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a step drew, in columns: no object is made for each of 256 requests. Entry i is of slice i; None where that
-    samples nothing. `logprobs` has those that were asked for, by index. Iterating makes the `Sampled`s."""
+    """What a step drew, in columns. Entry i is of `StepPlan.sequences[i]`; None where that samples nothing. `logprobs`
+    has those that were asked for, by index. Iterating makes the `Sampled`s."""
 
     tokens: list[int | None]
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)

@@ -24,27 +24,26 @@ def rehearsals(config: EngineConfig, longest: int, num_blocks: int, batches: Lis
     count = max(1, min(config.max_batch_tokens, longest - 1))
     first = _sequence(0, count + 1, config, num_blocks, _NOTHING)
     second = _sequence(1, 2, config, num_blocks, _EVERYTHING)
-    decode = Slice(first, count, 1, True)
-    beside = [decode] if config.max_batch_tokens >= 3 else []
+    few = 1 if config.max_batch_tokens >= 3 else 0
     plans = [
         StepPlan(0, [Slice(first, 0, count, False)]),
-        StepPlan(0, [decode]),
-        StepPlan(0, [*beside, Slice(second, 0, 2, True)]),
+        StepPlan(0, [], [first], [count]),
+        StepPlan(0, [Slice(second, 0, 2, True)], [first] * few, [count] * few),
     ]
     for size in batches:
         for params in (_NOTHING, _EVERYTHING):
             owners = [_sequence(i, 1, config, num_blocks, params) for i in range(size)]
-            plans.append(StepPlan(0, [Slice(owner, 0, 1, True) for owner in owners]))
+            plans.append(StepPlan(0, [], owners, [0] * size))
     return plans
 
 
-def largest(config: EngineConfig, longest: int, num_blocks: int) -> list[Slice]:
+def largest(config: EngineConfig, longest: int, num_blocks: int) -> StepPlan:
     """As many tokens as a step may have, of as many sequences as may run, all of which sample."""
     sequences = min(config.max_running, config.max_batch_tokens)
     chunk = max(1, min(config.max_batch_tokens - sequences + 1, longest))
     owners = [_sequence(i, 1, config, num_blocks, _NOTHING) for i in range(sequences - 1)]
-    slices = [Slice(owner, 0, 1, True) for owner in owners]
-    return [*slices, Slice(_sequence(sequences, chunk, config, num_blocks, _NOTHING), 0, chunk, True)]
+    last = _sequence(sequences, chunk, config, num_blocks, _NOTHING)
+    return StepPlan(0, [Slice(last, 0, chunk, True)], owners, [0] * len(owners))
 
 
 def _sequence(number: int, tokens: int, config: EngineConfig, num_blocks: int, params: SamplingParams) -> Sequence:

@@ -13,7 +13,7 @@ from ..common.messages import Endpoint, TokenOut
 from ..common.types import WorkerRef
 from .block_table import BlockTable
 from .mailbox import InboxItem, Outbox
-from .plan import Results, Slice, StepPlan
+from .plan import Results, StepPlan
 from .sequence import Sequence
 from .stats import Stats
 
@@ -80,8 +80,8 @@ class LocalBatch(Protocol):
 
 class Role(Protocol):
     """A policy. The loop calls, in each round: `receive` for each item, `tick`, `plan`, `on_layer` while the step is
-    launched, and, when it or the one before has ended, `computed` with the slices that this role planned and whose
-    sequences have not been dropped since, or `failed` for each of them, which drops it."""
+    launched, and, when it or the one before has ended, `computed` with those that this role planned and that have not
+    been dropped since, or `failed` for each of them, which drops it."""
 
     def receive(self, item: InboxItem, now: float) -> None: ...
 
@@ -91,9 +91,9 @@ class Role(Protocol):
 
     def on_layer(self, layer: int) -> None: ...
 
-    def computed(self, parts: list[Slice], results: Results, now: float) -> None: ...
+    def computed(self, sequences: list[Sequence], results: Results, now: float) -> None: ...
 
-    def failed(self, part: Slice, error: BatonError) -> None: ...
+    def failed(self, sequence: Sequence, error: BatonError) -> None: ...
 
     def sequences(self) -> Iterable[Sequence]:
         """All that this role holds."""
@@ -129,10 +129,10 @@ class Computeless:
     def on_layer(self, layer: int) -> None:
         """Nothing leaves layer by layer."""
 
-    def computed(self, parts: list[Slice], results: Results, now: float) -> None:
+    def computed(self, sequences: list[Sequence], results: Results, now: float) -> None:
         raise AssertionError("nothing was planned")
 
-    def failed(self, part: Slice, error: BatonError) -> None:
+    def failed(self, sequence: Sequence, error: BatonError) -> None:
         raise AssertionError("nothing was planned")
 
     def sequences(self) -> Iterable[Sequence]:

@@ -14,7 +14,7 @@ from ..common.config import EngineConfig
 from ..common.errors import EngineBroken, EngineFailure, InvalidRequest
 from ..common.fingerprint import fingerprint
 from ..common.kv_format import KvFormat
-from .batch import Batch
+from .batch import Batch, row_order
 from .follower import HERE, MEET, READY, Followers
 from .graphs import CudaCapture, Graphs, ladder
 from .group import RankGroup
@@ -65,11 +65,13 @@ class TorchRunner:
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
         `EngineBroken` where there are other ranks: after a failure they no longer stand at the same place."""
-        fill = self._graphs.size_for(plan.slices) if self._graphs else 0
-        # Single rows come first. What a graph computes has no others.
-        slices = plan.slices if fill else sorted(plan.slices, key=lambda part: part.count != 1)
-        sampling = [part for part in slices if part.samples]
-        batch = Batch.of(slices, self._rank.pool.format.block_size, self._rows, fill, self._pinned, self._tables)
+        fill = self._graphs.size_for(plan) if self._graphs else 0
+        batch = Batch.of(plan, self._rank.pool.format.block_size, self._rows, fill, self._pinned, self._tables)
+        sampling = [part for part in row_order(plan.slices) if part.samples]
+        owners = plan.decodes + [part.sequence for part in sampling]
+        if owners != self._drew:
+            self._drew, self._rows = owners, {owner: row for row, owner in enumerate(owners)}
+        ends = [start + 1 for start in plan.starts] + [part.end for part in sampling]
         if self._followers is not None:
             if batch.pending:  # other ranks have not seen what was drawn
                 batch.complete(self._drawn.tolist())
@@ -77,24 +79,22 @@ class TorchRunner:
         try:
             with torch.inference_mode():
                 if self._graphs and fill:
-                    logits = self._graphs.run(batch)[: len(slices)]
+                    logits = self._graphs.run(batch)[: len(plan)]
                     self._all_layers(on_layer)
                 else:
                     logits = self._rank.forward(batch, self._drawn, on_layer)
-                drawn = self._sampler.sample(logits, sampling) if sampling else Drawn.of(self._drawn[:0])
-                self._drawn[: len(sampling)] = drawn.tokens
+                drawn = self._sampler.sample(logits, owners, ends) if owners else Drawn.of(self._drawn[:0])
+                self._drawn[: len(owners)] = drawn.tokens
         except (RuntimeError, IndexError) as error:
             why = f"step of {plan.tokens} tokens failed: {error}"
             if self._followers is None:
                 raise EngineFailure(why) from error
             self._followers.lose(why)
             raise EngineBroken(why) from error
-        drew = [part.sequence for part in sampling]
-        if drew != self._drew:
-            self._drew, self._rows = drew, {sequence: row for row, sequence in enumerate(drew)}
-        if fill:
-            return _Step(drawn, range(len(slices)))
-        return _Step(drawn, [self._rows[part.sequence] if part.samples else None for part in plan.slices])
+        if not plan.slices:
+            return _Step(drawn, range(len(plan)))
+        rows = [self._rows[part.sequence] if part.samples else None for part in plan.slices]
+        return _Step(drawn, [*range(len(plan.decodes)), *rows])
 
     def _all_layers(self, on_layer: OnLayer | None) -> None:
         """A graph does not stop for anybody: KV of all its layers is on its way at once."""
@@ -105,7 +105,7 @@ class TorchRunner:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Implements `plan.Launched`. `rows`: of `drawn`, one for each slice; None where that samples nothing."""
+    """Implements `plan.Launched`. `rows`: of `drawn`, in the order of the plan; None for what samples nothing."""
 
     drawn: Drawn
     rows: Listing[int | None]

@@ -7,7 +7,6 @@ distribution: log_softmax of the untouched logits.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Rowwise
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..common.types import TokenLogprob
 from ..kernels import sampling
 from ..kernels.sampling import IN_PROMPT, MOST, RECORD
 from .knobs import Knobs, Words
-from .plan import Results, Slice
+from .plan import Results
 from .sequence import Sequence
 from .slots import Slots
 
@@ -47,12 +46,13 @@ class Sampler:
         self._rows = _Rows.of([], [])
         self._make_room(rows, rows)
 
-    def sample(self, logits: torch.Tensor, slices: Rowwise[Slice], best: torch.Tensor | None = None) -> Drawn:
-        """One token for each row of logits [R, V] float32, which are overwritten; `slices[r]` owns row r, and its token
-        gets the position `slices[r].end`. `best` is what `sampling.greedy` found in these logits, if a graph has asked
+    def sample(
+        self, logits: torch.Tensor, owners: list[Sequence], ends: list[int], best: torch.Tensor | None = None
+    ) -> Drawn:
+        """One token for each row of logits [R, V] float32, which are overwritten; `owners[r]` draws in row r, and its
+        token gets the position `ends[r]`. `best` is what `sampling.greedy` found in these logits, if a graph has asked
         it already. Nothing here waits for a device. Raises `EngineFailure` where the tokens of a sequence with
         penalties are not known: one that draws must have drawn in the step before, or have no pending token."""
-        owners = [part.sequence for part in slices]
         if owners != self._rows.owners:
             self._rows = _Rows.of(owners, [owner.knobs or self._knobs(owner) for owner in owners])
         asked = self._rows.asked
@@ -60,7 +60,7 @@ class Sampler:
             (rows,) = self._send(np.array(asked))
             untouched = logits[rows]  # a copy
         if not self._rows.greedy:
-            tokens = self._draw(logits, slices)
+            tokens = self._draw(logits, ends)
         else:
             tokens = sampling.greedy(logits) if best is None else best
         if not asked:
@@ -72,30 +72,31 @@ class Sampler:
         knobs = sequence.knobs = Knobs.of(sequence, self._eos)
         return knobs
 
-    def _draw(self, logits: torch.Tensor, slices: Rowwise[Slice]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, ends: list[int]) -> torch.Tensor:
         """All that the kernels read goes to the device in one copy."""
         records = np.frombuffer(bytearray(self._rows.records), RECORD)
-        records["position"] = [part.start + part.count for part in slices]
-        self._make_room(len(slices), len(self._rows.penalised))
-        added, *fill = self._edit(records, slices) if self._rows.edited else (_NOTHING,)
+        records["position"] = ends
+        self._make_room(len(ends), len(self._rows.penalised))
+        added, *fill = self._edit(records, ends) if self._rows.edited else (_NOTHING,)
         words, pairs, *fills = self._send(records.view(np.int64), added, *fill)
         if fills:
             sampling.fill(self._counts, *fills)
-        return sampling.draw(logits, words.view(len(slices), -1), pairs, self._counts, self._spare)
+        return sampling.draw(logits, words.view(len(ends), -1), pairs, self._counts, self._spare)
 
-    def _edit(self, records: npt.NDArray[np.void], slices: Rowwise[Slice]) -> tuple[Words, ...]:
+    def _edit(self, records: npt.NDArray[np.void], ends: list[int]) -> tuple[Words, ...]:
         """Write into the records what is done to the logits of `edited` rows: with which pairs, which are returned, and
         by which slots, for which `sampling.fill` is to be called where more is returned."""
         knobs, edited, penalised = self._rows.knobs, self._rows.edited, self._rows.penalised
-        pairs = [knobs[row].added(slices[row].end) for row in edited]
-        ends = np.cumsum([len(mine) for mine in pairs])
-        records["added_from"][edited[1:]], records["added_to"][edited] = ends[:-1], ends
+        pairs = [knobs[row].added(ends[row]) for row in edited]
+        upto = np.cumsum([len(mine) for mine in pairs])
+        records["added_from"][edited[1:]], records["added_to"][edited] = upto[:-1], upto
         slots, fills = [], []
-        for part in (slices[row] for row in penalised):
-            slot, right = self._slots.take(part.sequence.key, part.end)
+        for row in penalised:
+            owner = self._rows.owners[row]
+            slot, right = self._slots.take(owner.key, ends[row])
             slots.append(slot)
             if not right:
-                fills.append((slot, *_said(part)))
+                fills.append((slot, *_said(owner, ends[row])))
         records["slot"][penalised] = slots
         return np.concatenate(pairs), *self._fills(fills)
 
@@ -156,10 +157,9 @@ class _Rows:
         )
 
 
-def _said(part: Slice) -> tuple[Words, Words]:
-    """The distinct tokens of a sequence, and their entries in a table of counts."""
-    sequence = part.sequence
-    if part.end != len(sequence.tokens):
+def _said(sequence: Sequence, end: int) -> tuple[Words, Words]:
+    """The distinct tokens of a sequence that draws at `end`, and their entries in a table of counts."""
+    if end != len(sequence.tokens):
         raise EngineFailure(f"{sequence.key} has a pending token, and draws as if it had drawn none before")
     tokens = np.array(sequence.tokens, np.int64)
     distinct, where = np.unique(tokens, return_inverse=True)

@@ -44,7 +44,7 @@ class Stats:
     def step(self, plan: StepPlan, seconds: float) -> None:
         """Measure a step. `seconds`: since its launch, or since the end of the one before if that came later."""
         self.steps += 1
-        chunk = sum([part.count for part in plan.slices if part.count != 1 or not part.samples])
+        chunk = sum([part.count for part in plan.slices])
         if chunk >= 32:  # smaller chunks say more about overheads than about the rate
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, chunk / max(seconds, 1e-9))
         elif chunk == 0:
@@ -52,7 +52,7 @@ class Stats:
             # would keep the router away, and with it the steps that tell better.
             most = OUTLIER * self.decode_step_s or seconds
             self.decode_step_s = _smooth(self.decode_step_s, min(seconds, most))
-            self.decode_batch = _smooth(self.decode_batch, len(plan.slices))
+            self.decode_batch = _smooth(self.decode_batch, len(plan.decodes))
 
 
 def _smooth(old: float, new: float, weight: float = 0.2) -> float:

@@ -38,7 +38,7 @@ from ..common.messages import (
 )
 from ..common.types import WorkerRef
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
-from ..engine.plan import Results, Sampled, Slice, StepPlan
+from ..engine.plan import Results, Sampled, StepPlan
 from ..engine.role import Context, LocalBatch
 from ..engine.sequence import Sequence, SequenceKey
 from ..kvtransfer.sender import Outgoing, Sender
@@ -199,11 +199,11 @@ class PrefillRole:
         """This layer's KV of the running step is in the pool: it leaves while later layers compute."""
         self._outlet.layer(layer)
 
-    def computed(self, parts: list[Slice], results: Results, now: float) -> None:
+    def computed(self, sequences: list[Sequence], results: Results, now: float) -> None:
         self._context.stats.output_tokens += results.drawn
-        for part, sampled in zip(parts, results, strict=True):
+        for sequence, sampled in zip(sequences, results, strict=True):
             if sampled is not None:
-                self._drew(part.sequence, sampled, now)
+                self._drew(sequence, sampled, now)
 
     def _drew(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         """A prompt is computed, and this is the first token after it."""
@@ -223,8 +223,8 @@ class PrefillRole:
             assert self._local is not None
             self._local.join(sequence)
 
-    def failed(self, part: Slice, error: BatonError) -> None:
-        self._fail(part.sequence, error)
+    def failed(self, sequence: Sequence, error: BatonError) -> None:
+        self._fail(sequence, error)
 
     # --- ends ---
 

@@ -130,7 +130,7 @@ class ToyRunner:
     """By the step before."""
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
-        return Ended(self.compute(plan, [Told.of(part) for part in plan.slices], on_layer))
+        return Ended(self.compute(plan, [Told.of(part) for part in plan.parts], on_layer))
 
     def compute(self, plan: StepPlan, parts: Sequence[Told], on_layer: OnLayer | None) -> list[int | None]:
         if callable(self.before):
@@ -170,7 +170,7 @@ class LateRunner(ToyRunner):
         pool.store.mark = self._mark  # type: ignore[method-assign]
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
-        step = _Late(self, plan, [Told.of(part) for part in plan.slices], self._last)
+        step = _Late(self, plan, [Told.of(part) for part in plan.parts], self._last)
         self._last = step.ended
         for layer in range(LAYERS):
             if on_layer is not None:

@@ -61,7 +61,11 @@ def generate(engine: Engine, sequences: Listing[Sequence], count: int, chunk: in
     def step(parts: Listing[tuple[int, int]]) -> None:
         plan = StepPlan(1 << 30)
         for index, tokens in parts:
-            plan.add(sequences[index], tokens)
+            one = sequences[index]
+            if tokens == one.missing == 1:
+                plan.decode(one)
+            else:
+                plan.add(one, tokens)
         for (index, tokens), sampled in zip(parts, engine.runner.launch(plan).results(), strict=True):
             sequences[index].launched += tokens
             if sampled is not None:

@@ -195,7 +195,7 @@ class StandinDevice:
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StandinStep:
         """See `engine.plan.Runner.launch`."""
-        steady = len(plan.slices) == plan.tokens == self._batch
+        steady = len(plan.decodes) == plan.tokens == self._batch
         if steady:
             self._count()
         step = self._runner.launch(plan, on_layer)

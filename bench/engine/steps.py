@@ -37,7 +37,7 @@ def decode_steps(
     one is waited for, as the overlapped loop does, so that what is measured is the device."""
     for batch in batches:
         owners = [sequence(i, _tokens(context + 1, engine.vocab_size), context + 2) for i in range(batch)]
-        plan = [Slice.of(owner, context, 1) for owner in owners]
+        plan = StepPlan(0, [], owners, [context] * batch)
         seconds = _median(engine, [plan], REPEATS)
         share = decode_step_s(costs, ceilings, batch, context) / seconds
         yield Step("decode", batch, context, seconds, batch / seconds, share)
@@ -49,18 +49,18 @@ def prefills(
     """One prompt after the other, in as many steps as chunks."""
     for prompt in prompts:
         owner = sequence(0, _tokens(prompt, engine.vocab_size), prompt + 1)
-        chunks = [[Slice.of(owner, at, min(chunk, prompt - at))] for at in range(0, prompt, chunk)]
+        chunks = [StepPlan(0, [Slice.of(owner, at, min(chunk, prompt - at))]) for at in range(0, prompt, chunk)]
         seconds = _median(engine, chunks, repeats)
         yield Step("prefill", 1, prompt, seconds, prompt / seconds, prefill_s(costs, ceilings, prompt) / seconds)
 
 
-def _median(engine: Engine, plans: list[list[Slice]], repeats: int) -> float:
+def _median(engine: Engine, plans: list[StepPlan], repeats: int) -> float:
     """Seconds of all `plans` once, from one end to the next. At most two steps are under way."""
     ends = []
     last = None
     for _ in range(WARM + repeats):
         for plan in plans:
-            launched = engine.runner.launch(StepPlan(1 << 30, list(plan)))
+            launched = engine.runner.launch(plan)
             if last is not None:
                 last.results()
             last = launched

@@ -41,7 +41,7 @@ class Idle:
         if on_layer is not None:
             for layer in range(self.num_layers):
                 on_layer(layer)
-        return Ended([TOKEN_DRAWN if part.samples else None for part in plan.slices])
+        return Ended([TOKEN_DRAWN if part.samples else None for part in plan.parts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def joined(planner: ContinuousBatching, table: BlockTable, ticket: int, length: 
 def step(planner: ContinuousBatching, table: BlockTable, budget: int = 64) -> StepPlan:
     plan = StepPlan(budget)
     planner.plan(plan)
-    for part in plan.slices:
+    for part in plan.parts:
         samples = part.samples
         table.advance(part.sequence, part.count)
         if samples:
@@ -39,8 +39,7 @@ def test_every_running_request_gets_one_token() -> None:
     planner = ContinuousBatching(table)
     sequences = [joined(planner, table, t, 5) for t in range(3)]
     plan = step(planner, table)
-    assert [p.sequence for p in plan.slices] == sequences
-    assert all(p.count == 1 for p in plan.slices)
+    assert plan.decodes == sequences and plan.starts == [5] * 3 and not plan.slices
 
 
 def test_the_youngest_gives_way_and_comes_back() -> None:
@@ -52,7 +51,7 @@ def test_the_youngest_gives_way_and_comes_back() -> None:
     assert planner.preempted == [young] and planner.running == [old] and not young.blocks
     planner.remove(old)
     plan = step(planner, table)
-    assert plan.slices[0].sequence is young and planner.preempted == []
+    assert plan.sequences == [young] and planner.preempted == []
     table.check()
 
 
@@ -91,8 +90,8 @@ def test_nobody_is_preempted_while_a_step_is_under_way() -> None:
     old, young = joined(planner, table, 1, 11), joined(planner, table, 2, 11)
     plan = StepPlan(64, ahead=True)
     planner.plan(plan)
-    assert [part.sequence for part in plan.slices] == [old, young] and not plan.short
-    table.launch(plan.slices)
+    assert plan.decodes == [old, young] and not plan.short
+    table.launch(plan)
     plan = StepPlan(64, ahead=True)
     planner.plan(plan)
     assert plan.short and planner.preemptions == 0 and planner.running == [old, young]
@@ -108,6 +107,6 @@ def test_what_a_step_under_way_draws_is_gone_on_with() -> None:
     for _ in range(4):
         plan = StepPlan(64, ahead=True)
         planner.plan(plan)
-        starts += [part.start for part in plan.slices]
-        table.launch(plan.slices)
+        starts += plan.starts
+        table.launch(plan)
     assert starts == [5, 6, 7] and sequence.length == sequence.limit == 9

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from baton.engine.batch import Batch, Layout
-from baton.engine.plan import Slice
+from baton.engine.plan import Slice, StepPlan
 
 from .test_model import sequence
 
@@ -16,7 +16,7 @@ BLOCK = 16
 def made() -> Batch:
     """Two decodes and a chunk that samples nothing."""
     first, second, third = sequence(range(40), 0), sequence(range(100, 117), 30), sequence(range(200, 300), 60)
-    return Batch.of([Slice(first, 39, 1, True), Slice(second, 16, 1, True), Slice(third, 20, 30, False)], BLOCK, {})
+    return Batch.of(StepPlan(0, [Slice(third, 20, 30, False)], [first, second], [39, 16]), BLOCK, {})
 
 
 def test_rows_of_all_sequences_lie_one_after_the_other() -> None:
@@ -67,8 +67,8 @@ def test_every_array_begins_where_vectors_may() -> None:
 
 def test_tokens_that_the_step_before_draws_are_named_by_its_rows() -> None:
     known, drawing, chunk = sequence(range(40), 0), sequence(range(100, 117), 30), sequence(range(200, 230), 60)
-    slices = [Slice(known, 39, 1, True), Slice(drawing, 17, 1, True), Slice(chunk, 28, 3, True)]
-    batch = Batch.of(slices, BLOCK, {drawing: 5, chunk: 2, known: 9})
+    plan = StepPlan(0, [Slice(chunk, 28, 3, True)], [known, drawing], [39, 17])
+    batch = Batch.of(plan, BLOCK, {drawing: 5, chunk: 2, known: 9})
     assert batch.pending
     assert batch.arrays().drawn.tolist() == [-1, 5, -1, -1, 2]
     batch.complete([10, 11, 12, 13, 14, 15])
@@ -77,8 +77,8 @@ def test_tokens_that_the_step_before_draws_are_named_by_its_rows() -> None:
 
 def test_a_batch_is_filled_up_with_rows_that_store_nothing() -> None:
     first, second = sequence(range(40), 0), sequence(range(100, 117), 30)
-    slices = [Slice(first, 39, 1, True), Slice(second, 16, 1, True)]
-    batch, plain = Batch.of(slices, BLOCK, {}, fill=4), Batch.of(slices, BLOCK, {})
+    plan = StepPlan(0, [], [first, second], [39, 16])
+    batch, plain = Batch.of(plan, BLOCK, {}, fill=4), Batch.of(plan, BLOCK, {})
     assert batch.layout == Layout(rows=4, sequences=4, wanted=4, blocks=40)
     assert (batch.singles, batch.pending) == (4, False)
     arrays, alone = batch.arrays(), plain.arrays()

@@ -21,13 +21,13 @@ SIZE = 4
 
 
 class Books:
-    """A block table, and by itself what steps that are under way write: [(flight, blocks, slices)]."""
+    """A block table, and by itself what steps that are under way write: [(flight, blocks, plan)]."""
 
     def __init__(self, seed: int, blocks: int) -> None:
         self.rng = random.Random(seed)
         self.table = BlockTable(blocks, BlockHasher(SIZE))
         self.held: list[Sequence] = []
-        self.flights: deque[tuple[Flight, set[int], list[Slice]]] = deque()
+        self.flights: deque[tuple[Flight, set[int], StepPlan]] = deque()
         self.tickets = 0
 
     def handed_out(self, blocks: Iterable[int]) -> None:
@@ -52,21 +52,25 @@ class Books:
             before = len(sequence.blocks)
             if sequence.pending < 2 and self.table.grow(sequence, sequence.length):
                 self.handed_out(sequence.blocks[before:])
-                plan.add(sequence, self.rng.randrange(1, sequence.missing + 1))
+                if sequence.missing == 1 and self.rng.random() < 0.7:
+                    plan.decode(sequence)
+                else:
+                    plan.add(sequence, self.rng.randrange(1, sequence.missing + 1))
         written = {
-            block for part in plan.slices for block in part.sequence.blocks[part.start // SIZE : -(-part.end // SIZE)]
+            block for part in plan.parts for block in part.sequence.blocks[part.start // SIZE : -(-part.end // SIZE)]
         }
-        self.flights.append((self.table.launch(plan.slices), written, plan.slices))
+        self.flights.append((self.table.launch(plan), written, plan))
 
     def collect(self) -> None:
         if not self.flights:
             return
-        flight, _, slices = self.flights[0]
-        for part in slices:
-            if part.sequence not in flight.gone:
-                assert part.start == part.sequence.computed
-                self.table.computed([part])
-                part.sequence.tokens += [self.rng.randrange(99)] * part.samples
+        flight, _, plan = self.flights[0]
+        left = [part for part in plan.parts if part.sequence not in flight.gone]
+        assert all(part.start == part.sequence.computed for part in left)
+        self.table.computed(plan)
+        for part in left:
+            assert part.end == part.sequence.computed
+            part.sequence.tokens += [self.rng.randrange(99)] * part.samples
         self.table.end()
         self.flights.popleft()
 
@@ -112,7 +116,7 @@ def flying(tokens: int = 6) -> tuple[BlockTable, Sequence]:
     """A sequence, all of it in a step that is under way."""
     table, sequence = BlockTable(4, BlockHasher(SIZE)), Sequence(("r", 1), request("", range(tokens), 9), 1, 0.0, 0.0)
     assert table.admit(sequence, tokens - 1, tokens)
-    table.launch([Slice.of(sequence, 0, tokens)])
+    table.launch(StepPlan(0, [Slice.of(sequence, 0, tokens)]))
     return table, sequence
 
 
@@ -131,7 +135,7 @@ def test_only_what_has_been_computed_is_found() -> None:
     other = Sequence(("r", 2), request("", range(9), 9), 1, 0.0, 0.0)
     assert (sequence.launched, sequence.pending, sequence.length, sequence.missing) == (8, 1, 9, 1)
     assert table.cached_prefix(other, 9) == []
-    table.computed([Slice(sequence, 0, 8, samples=True)])
+    table.computed(StepPlan(0, [Slice(sequence, 0, 8, samples=True)]))
     table.end()
     assert len(table.cached_prefix(other, 9)) == 2 and sequence.pending == 0
 

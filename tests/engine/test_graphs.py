@@ -13,7 +13,7 @@ import torch
 
 from baton.common.config import EngineConfig
 from baton.engine.graphs import Graphs, ladder
-from baton.engine.plan import Slice, StepPlan
+from baton.engine.plan import Launched, Slice, StepPlan
 from baton.engine.rank import Rank, load_rank
 from baton.engine.runner import TorchRunner
 from baton.engine.sequence import Sequence
@@ -77,8 +77,13 @@ def talk(
     for _ in range(steps):
         if waiting:
             running.append(waiting.pop(0))
-        plan = StepPlan(99, [Slice.of(each, each.launched, each.missing) for each in running])
-        step = plan.slices, runner.launch(plan)
+        plan = StepPlan(99)
+        for each in running:
+            if each.missing == 1:
+                plan.decode(each)
+            else:
+                plan.add(each, each.missing)
+        step = plan.sequences, runner.launch(plan)
         for each in running:
             each.launched = each.length
             each.pending += 1
@@ -93,10 +98,11 @@ def talk(
     return [each.tokens for each in running]
 
 
-def collect(slices: list[Slice], step: object) -> None:
-    for part, sampled in zip(slices, step.results(), strict=True):  # type: ignore[attr-defined]
-        part.sequence.tokens.append(sampled.token)
-        part.sequence.pending -= 1
+def collect(sequences: list[Sequence], step: Launched) -> None:
+    for each, token in zip(sequences, step.results().tokens, strict=True):
+        assert token is not None
+        each.tokens.append(token)
+        each.pending -= 1
 
 
 def test_the_ladder_ends_with_the_largest_batch_and_has_no_wide_gaps() -> None:
@@ -147,20 +153,19 @@ def test_a_step_that_no_graph_computes(checkpoint: Path) -> None:
     drawn = torch.zeros(8, dtype=torch.int64)
     graphs = Graphs(load(checkpoint), [2], drawn, Recorder(), lambda share: None)
     one, two, three = (sequence(range(9), 1 + 20 * i, i) for i in range(3))
-    decode = [Slice(one, 8, 1, True), Slice(two, 8, 1, True)]
-    assert graphs.size_for(decode) == 2
-    assert graphs.size_for(decode[:1]) == 2
-    assert graphs.size_for([*decode, Slice(three, 8, 1, True)]) == 0  # too many
-    assert graphs.size_for([decode[0], Slice(two, 4, 5, True)]) == 0  # a chunk
-    assert graphs.size_for([decode[0], Slice(two, 3, 1, False)]) == 0  # does not sample
+    both = StepPlan(0, [], [one, two], [8, 8])
+    assert graphs.size_for(both) == 2
+    assert graphs.size_for(StepPlan(0, [], [one], [8])) == 2
+    assert graphs.size_for(StepPlan(0, [], [one, two, three], [8, 8, 8])) == 0  # too many
+    assert graphs.size_for(StepPlan(0, [Slice(two, 4, 5, True)], [one], [8])) == 0  # a chunk
     one.blocks *= 4
-    assert graphs.size_for(decode) == 0  # more blocks than the longest sequences have
+    assert graphs.size_for(both) == 0  # more blocks than the longest sequences have
 
 
 def test_layers_are_told_of_after_a_recorded_step(checkpoint: Path) -> None:
     runner, recorder, rank = recorded(checkpoint)
     told: list[int] = []
-    runner.launch(StepPlan(1, [Slice(sequence([5], 1), 0, 1, True)]), told.append).results()
+    runner.launch(StepPlan(1, [], [sequence([5], 1)], [0]), told.append).results()
     assert recorder.repeated == [0, 0, 1]
     assert told == list(range(rank.model_config.num_layers))
 

@@ -16,7 +16,7 @@ from baton.decode.role import DecodeRole
 from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import Inbox, InboxItem, Mail, Outbox, Recast
-from baton.engine.plan import Launched, OnLayer, Results, Runner, Slice, StepPlan
+from baton.engine.plan import Launched, OnLayer, Results, Runner, StepPlan
 from baton.engine.role import Computeless, Context, Limits
 from baton.engine.sequence import Sequence
 from tests.toy import endpoint, request
@@ -34,7 +34,7 @@ class Timed:
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         self._end = max(self._end, self._clock.now()) + self.seconds.pop(0)
-        return Ending(self._clock, self._end, len(plan.slices))
+        return Ending(self._clock, self._end, len(plan))
 
 
 @dataclass
@@ -131,10 +131,10 @@ class Cramped(Computeless):
         else:
             plan.add(self._sequence, 1)
 
-    def computed(self, parts: list[Slice], results: Results, now: float) -> None:
+    def computed(self, sequences: list[Sequence], results: Results, now: float) -> None:
         self.seen.append("computed")
-        for part, token in zip(parts, results.tokens, strict=True):
-            part.sequence.tokens += [] if token is None else [token]
+        for sequence, token in zip(sequences, results.tokens, strict=True):
+            sequence.tokens += [] if token is None else [token]
 
 
 def test_a_plan_that_lacks_room_is_made_again_when_nothing_is_under_way() -> None:

@@ -90,15 +90,15 @@ def test_what_other_processes_do_meanwhile_is_not_what_graphs_take(monkeypatch: 
 @pytest.mark.parametrize(("tokens", "running"), [(64, 8), (8, 64), (1, 1), (2048, 256)])
 def test_the_largest_step_is_as_large_as_may_be(tokens: int, running: int) -> None:
     config = EngineConfig(model="", max_batch_tokens=tokens, max_running=running)
-    slices = largest(config, longest=4096, num_blocks=4)
-    assert sum(part.count for part in slices) == tokens
-    assert len(slices) == min(tokens, running)
-    assert all(part.samples and part.sequence.blocks for part in slices)
-    assert {block for part in slices for block in part.sequence.blocks} <= set(range(4))
+    plan = largest(config, longest=4096, num_blocks=4)
+    assert plan.tokens == tokens
+    assert len(plan) == min(tokens, running)
+    assert all(part.samples and part.sequence.blocks for part in plan.parts)
+    assert {block for sequence in plan.sequences for block in sequence.blocks} <= set(range(4))
 
 
 def test_rehearsals_stay_within_the_longest_sequence() -> None:
     for tokens, longest in ((64, 48), (64, 512), (1, 512), (8, 2)):
         for plan in rehearsals(EngineConfig(model="", max_batch_tokens=tokens), longest, 3, batches=[1, tokens]):
             assert plan.tokens <= max(2, tokens)
-            assert all(part.end <= longest and part.end <= 16 * len(part.sequence.blocks) for part in plan.slices)
+            assert all(part.end <= longest and part.end <= 16 * len(part.sequence.blocks) for part in plan.parts)

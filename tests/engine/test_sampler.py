@@ -12,7 +12,7 @@ import torch
 
 from baton.common.errors import EngineFailure
 from baton.common.types import Request, SamplingParams, TokenLogprob
-from baton.engine.plan import Sampled, Slice
+from baton.engine.plan import Sampled
 from baton.engine.sampler import Drawn, Sampler
 from baton.engine.sequence import Sequence
 from baton.kernels.sampling import uniform
@@ -31,13 +31,14 @@ def logits(seed: int = 0, size: int = VOCABULARY) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def slices(*sequences: Sequence) -> list[Slice]:
-    return [Slice.of(s, s.length - 1, 1) for s in sequences]
+def drawing(*sequences: Sequence) -> tuple[list[Sequence], list[int]]:
+    """Who draws, and at which positions."""
+    return list(sequences), [s.length for s in sequences]
 
 
 def sample(row: torch.Tensor, *sequences: Sequence) -> list[Sampled]:
     sampler = Sampler(frozenset({EOS}), len(row))
-    found = sampler.sample(row.expand(len(sequences), -1).clone(), slices(*sequences)).results()
+    found = sampler.sample(row.expand(len(sequences), -1).clone(), *drawing(*sequences)).results()
     return [sampled for sampled in found if sampled is not None]
 
 
@@ -155,7 +156,7 @@ def test_penalties_equal_plain_python() -> None:
             logit_bias=((11, 1.5), (12, -100.0)),
         )
         edited = row[None].clone()
-        (found,) = Sampler(frozenset({EOS}), VOCABULARY).sample(edited, slices(owner)).results()
+        (found,) = Sampler(frozenset({EOS}), VOCABULARY).sample(edited, *drawing(owner)).results()
         assert edited[0].tolist() == pytest.approx(expected, rel=1e-5)
         assert found.token == expected.index(max(expected))
 
@@ -198,7 +199,7 @@ def test_a_pending_token_counts_before_anybody_knows_it() -> None:
     sampler, ahead = Sampler(frozenset({EOS}), VOCABULARY), [sequence(**knobs) for knobs in params]
     drawn: list[Drawn] = []
     for row in rows:
-        drawn.append(sampler.sample(row.expand(2, -1).clone(), slices(*ahead)))
+        drawn.append(sampler.sample(row.expand(2, -1).clone(), *drawing(*ahead)))
         for index, owner in enumerate(ahead):
             if owner.pending:
                 owner.tokens.append(drawn[-2].results().tokens[index])
@@ -209,7 +210,7 @@ def test_a_pending_token_counts_before_anybody_knows_it() -> None:
 
 def test_a_draw_that_was_thrown_away_is_not_counted() -> None:
     sampler, owner, row = Sampler(frozenset({EOS}), VOCABULARY), sequence(temperature=0.0, **PENALTIES), logits()
-    tokens = [sampler.sample(row[None].clone(), slices(owner)).results().tokens[0] for _ in range(3)]
+    tokens = [sampler.sample(row[None].clone(), *drawing(owner)).results().tokens[0] for _ in range(3)]
     assert tokens == [int(row.argmax())] * 3
 
 
@@ -233,7 +234,7 @@ def test_rows_do_not_care_who_stands_beside_them() -> None:
     ]
     owners = [sequence(output=(7, 7, 31), seed=n, **kind) for n, kind in enumerate(kinds)]
     batch = torch.stack([logits(seed) for seed in range(len(owners))])
-    together = Sampler(frozenset({EOS}), VOCABULARY).sample(batch.clone(), slices(*owners)).results()
+    together = Sampler(frozenset({EOS}), VOCABULARY).sample(batch.clone(), *drawing(*owners)).results()
     for row, owner, found in zip(batch, owners, together, strict=True):
         alone = sample(row, owner)[0]
         assert found is not None and alone.token == found.token
@@ -246,7 +247,7 @@ def test_rows_do_not_care_who_stands_beside_them() -> None:
 
 def test_a_graph_that_has_found_the_best_is_believed_where_all_are_greedy() -> None:
     sampler, best = Sampler(frozenset({EOS}), VOCABULARY), torch.tensor([11, 12])
-    greedy = sampler.sample(logits().expand(2, -1), slices(*[sequence(temperature=0.0)] * 2), best)
+    greedy = sampler.sample(logits().expand(2, -1), *drawing(*[sequence(temperature=0.0)] * 2), best)
     assert greedy.tokens is best
-    mixed = sampler.sample(logits().expand(2, -1).clone(), slices(sequence(temperature=0.0), sequence(top_k=1)), best)
+    mixed = sampler.sample(logits().expand(2, -1).clone(), *drawing(sequence(temperature=0.0), sequence(top_k=1)), best)
     assert mixed.tokens.tolist() == [int(logits().argmax())] * 2

@@ -130,7 +130,7 @@ def test_chunks_follow_each_other_before_the_first_has_ended() -> None:
         plan = StepPlan(8, ahead=True)
         planner.plan(plan)
         planned += [(part.start, part.count, part.samples) for part in plan.slices]
-        table.launch(plan.slices)
+        table.launch(plan)
     assert planned == [(0, 8, False), (8, 8, False), (16, 4, True)]
 
 

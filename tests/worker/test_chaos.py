@@ -126,7 +126,7 @@ async def test_a_request_that_kills_workers_is_given_up(house: House) -> None:
         engine = ToyEngine()
 
         def die(plan: object) -> None:
-            if any(deadly in p.sequence.request.tokens for p in plan.slices):  # type: ignore[attr-defined]
+            if any(deadly in s.request.tokens for s in plan.sequences):  # type: ignore[attr-defined]
                 raise Crash
 
         engine.runner.before = die
