@@ -55,12 +55,12 @@ class TritonOps:
         where one of them does not compile for this device, or wants more of its shared memory than it has."""
         places = torch.tensor([0, 0, 1], device=device)
         starts, lengths, tables, table_starts = (
-            torch.tensor(values, dtype=torch.int32, device=device) for values in ((0, 1, 3), (1, 2), (0, 1), (0, 1, 2))
-        )
+            torch.tensor(values, dtype=torch.int32, device=device) for values in ((0, 1, 3), (1, 2), (0, 1, 2), (0, 1, 3))
+        )  # two blocks for two tokens, should a block hold no more than one
         slots = torch.tensor([0, block_size, block_size + 1], device=device)
         rows = Rows(places, slots, starts, lengths, tables, table_starts, 1, (0, 1, 3), (1, 2))
         row_bytes = block_size * (heads.dim * self._kv_dtype.itemsize + (4 if self._kv_dtype in LARGEST else 0))
-        pool = torch.zeros(2, 2, heads.keys, row_bytes, dtype=torch.uint8, device=device)
+        pool = torch.zeros(3, 2, heads.keys, row_bytes, dtype=torch.uint8, device=device)
         elements, scales = split_rows(pool, self._kv_dtype, heads.dim)
         kv = elements if scales is None else pool
         x = torch.zeros(3, heads.dim, dtype=dtype, device=device)

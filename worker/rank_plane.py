@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from ..common.errors import TransportFailed
@@ -26,20 +27,33 @@ MakePlane = Callable[[asyncio.AbstractEventLoop, str], Plane]
 def reached_by_grpc(host: str, token: str, make_plane: MakePlane) -> Iterator[Plane]:
     """A plane that takes lanes in by gRPC as well, and hangs up on everybody afterwards. `token` is the cluster's.
     Raises `TransportFailed` where nothing can listen at `host`."""
-    events = asyncio.new_event_loop()
-    thread = threading.Thread(target=events.run_forever, name="events", daemon=True)
-    thread.start()
-    try:
+    with ExitStack() as begun:  # what began last ends first, and each ends whether or not the others did so well
+        events = begun.enter_context(_event_loop())
         server, address = _do(events, _listening(host, token, lambda: plane))
+        begun.callback(lambda: _do(events, server.stop(grace=0)))
         plane = make_plane(events, address)
-        try:
-            _do(events, server.start())
-            yield plane
-        finally:
-            _do(events, server.stop(grace=0))
-            plane.stop()  # it waits for lanes, of which those over gRPC need the event loop
+        begun.callback(plane.stop)  # it waits for lanes, of which those over gRPC need the event loop
+        _do(events, server.start())
+        yield plane
+
+
+@contextmanager
+def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One that runs on a thread of its own, and is closed afterwards."""
+    running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def run() -> None:
+        over = asyncio.Event()
+        running.set_result((asyncio.get_running_loop(), over))
+        await over.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), name="events", daemon=True)
+    thread.start()
+    events, over = running.result(TIMEOUT_S)
+    try:
+        yield events
     finally:
-        events.call_soon_threadsafe(events.stop)
+        events.call_soon_threadsafe(over.set)
         thread.join(TIMEOUT_S)
 
 

@@ -15,7 +15,7 @@ from baton.engine.plan import Sampled
 from baton.engine.runner import Engine
 from baton.kernels import select
 from baton.kernels.converted import ConvertedKvOps
-from baton.kernels.ops import Heads, Ops
+from baton.kernels.ops import Heads, Ops, Rows
 from baton.kernels.quantised import TYPES
 from baton.kernels.reference import TorchOps
 
@@ -124,3 +124,17 @@ def test_they_are_chosen_where_they_can_be_had(
         assert select._triton(DEVICE, torch.bfloat16, kind, Heads(4, 2, 64), 16, False) is None
     for said, why in zip(caplog.messages, ("heads of 80", "0 active drivers", "gcc", "shared memory"), strict=True):
         assert why in said
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+def test_a_rehearsal_keeps_within_its_pool(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies behind it may be weights."""
+    seen: list[tuple[Rows, torch.Tensor]] = []
+    monkeypatch.setattr(
+        "baton.kernels.row_kernels.rotate_and_store", lambda qkv, heads, table, rows, kv, kept: seen.append((rows, kv))
+    )
+    TritonOps(torch.bfloat16).rehearse(DEVICE, torch.bfloat16, Heads(4, 2, 16), block_size)
+    ((rows, kv),) = seen
+    assert max(rows.slots.tolist()) < len(kv) * block_size and max(rows.tables.tolist()) < len(kv)
+    held = rows.table_starts.diff() * block_size
+    assert (rows.lengths <= held).all() and rows.table_starts[-1] == len(rows.tables)
