@@ -46,6 +46,12 @@ _PROOF = 32  # bytes
 _GLOO_PATIENCE = timedelta(minutes=1)
 """Five times as long gloo waits for the other end to connect."""
 
+_MOST_CONNECTING = 256
+"""Pairs that connect by gloo at a time, those that were given up included: each has threads and a port of its own, and
+a source that never comes costs its target no more than these."""
+
+_connecting = threading.BoundedSemaphore(_MOST_CONNECTING)
+
 _LOOK_EVERY_S = 5e-5
 _MAX_MESSAGE = 4 << 10
 _MAX_KEYS = 64
@@ -137,7 +143,13 @@ def _gloo(meeting: _Meeting, rank: int, patience: float, host: str) -> Any:
     would free what its listener still calls when the other end, frozen or just slow, connects after all; and that is
     the end of the process."""
     outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_connect, args=(meeting, rank, host, outcome), name="gloo", daemon=True).start()
+    if not _connecting.acquire(blocking=False):
+        raise WorkerLost("too many pairs are waiting for their other ends")
+    try:
+        threading.Thread(target=_connect, args=(meeting, rank, host, outcome), name="gloo", daemon=True).start()
+    except RuntimeError:  # no more threads are to be had
+        _connecting.release()
+        raise
     try:
         made = outcome.get(timeout=patience)
     except queue.Empty:
@@ -156,6 +168,8 @@ def _connect(meeting: _Meeting, rank: int, host: str, outcome: queue.SimpleQueue
         outcome.put(_c10d.ProcessGroupGloo(meeting, rank, 2, options))
     except Exception as error:  # the edge of a thread: raised again where the outcome is waited for
         outcome.put(error.with_traceback(None))  # with it, the error would hold the listener
+    finally:
+        _connecting.release()
 
 
 def _nccl(meeting: _Meeting, rank: int, patience: float) -> Any:

@@ -58,8 +58,7 @@ def _speed(speeds: Sequence[Speed]) -> Any:
         left.plot(tokens, [s.limit_gb_per_s for s in those], ls="--", lw=1, color=colour)
         for way, style in (("warm", ":"), ("two", "-.")):
             if all(way in s.beside for s in those):
-                rates = [s.gb_per_s / s.other_shares[way] for s in those]
-                left.plot(tokens, rates, ls=style, lw=1, color=colour)
+                left.plot(tokens, [s.rate(s.beside[way]) for s in those], ls=style, lw=1, color=colour)
     left.set_xscale("log", base=2)
     sizes = sorted({s.tokens for s in speeds})
     left.set_xticks(sizes, [f"{size:,}" for size in sizes])

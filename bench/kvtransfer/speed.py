@@ -39,11 +39,11 @@ class Speed:
 
     @property
     def gb_per_s(self) -> float:
-        return self.size / statistics.median(self.handover) / 1e9
+        return self.rate(self.handover)
 
     @property
     def limit_gb_per_s(self) -> float:
-        return self.size / statistics.median(self.limit) / 1e9
+        return self.rate(self.limit)
 
     @property
     def share(self) -> float:
@@ -59,6 +59,10 @@ class Speed:
     def checksums(self) -> float:
         """What they cost, as a share of a handover: below 0 where noise is more."""
         return 1 - _ratio(self.unchecked, self.handover)
+
+    def rate(self, seconds: list[float]) -> float:
+        """GB/s in the median round."""
+        return self.size / statistics.median(seconds) / 1e9
 
 
 def _ratio(some: list[float], others: list[float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import platform
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,8 +166,11 @@ def test_arguments_that_do_not_fit_together() -> None:
             move.checksums(MEMORY, move.Places(at.grid, blocks), 64)
     with pytest.raises(ValueError, match="-1 bytes"):
         move.checksums(MEMORY, at, -1)
-    with pytest.raises(ValueError, match="stride=-64"):
-        move.checksums(MEMORY, move.Places(move.Grid(64, -64, 0, 1, 2), at.blocks), 64)
+    with pytest.raises(ValueError, match="contiguous bytes"):
+        move.checksums(MEMORY[:4096].reshape(64, 64), at, 64)
+    for name in ("begin", "stride", "step", "segments", "blocks"):
+        with pytest.raises(ValueError, match=f"{name}=-64"):
+            move.checksums(MEMORY, replace(every(64, 2), grid=replace(at.grid, **{name: -64})), 64)
 
 
 def test_several_threads_at_once(way: None) -> None:

@@ -204,6 +204,34 @@ def come_late(count: int = 8) -> None:
     assert all(isinstance(error, WorkerLost) for error in errors), errors
 
 
+def test_pairs_that_were_given_up_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps a thread until gloo gives up, too."""
+    begun, end = threading.Semaphore(0), threading.Event()
+
+    class Gloo(torch.distributed.ProcessGroupGloo):  # type: ignore[misc]
+        def __init__(self, *_: object) -> None:
+            begun.release()
+            assert end.wait(30)
+            raise RuntimeError("Gloo connectFullMesh failed with timed out connecting")
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", Gloo)
+    monkeypatch.setattr(pair, "_connecting", threading.BoundedSemaphore(2))
+
+    def why() -> str:
+        one, other = socket.socketpair()
+        with one, other, pytest.raises(WorkerLost) as raised:
+            Pair(one, True, CPU, HOST, 0.1)
+        return raised.value.message
+
+    try:
+        told = [why() for _ in range(3)]
+        assert ["takes too long" in each for each in told] == [True, True, False] and "too many" in told[2]
+    finally:
+        end.set()
+    assert soon(lambda: "connectFullMesh" in why()), "there is room again"
+    assert all(begun.acquire(timeout=5) for _ in range(3))
+
+
 def test_one_that_comes_after_the_other_gave_up_ends_nobody() -> None:
     """In a process of its own: gloo ends it where a pair is gone that a listener still knows."""
     script = "from tests.kvtransfer.test_process_group import come_late; come_late()"
