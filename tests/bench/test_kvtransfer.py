@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from baton.bench import record
 from baton.bench.cli import app
-from baton.bench.kvtransfer import plots, speed, suite
+from baton.bench.kvtransfer import plots, raw, speed, suite
 from baton.bench.kvtransfer.end import layer_hash, scattered
 from baton.bench.kvtransfer.hiding import Hiding
 from baton.bench.kvtransfer.speed import Speed
@@ -100,6 +100,11 @@ def test_a_limit_is_that_of_the_same_bytes(medium: str) -> None:
         theirs = scattered(8, seed=2)
         for layer in range(TINY.num_layers):
             assert both._remote.ask("content", layer, 8) == layer_hash(both._pool, TINY, theirs, layer)
+
+
+def test_a_warm_buffer_is_warm() -> None:
+    """The same in every round, and written: pages that nobody wrote to are all one, and made while the clock runs."""
+    assert raw.small(1 << 20) is raw.small(1 << 20) and raw.small(1 << 20).all()
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ def test_headers_travel_whole() -> None:
         wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, b"short")),
         wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, bytes(16), bytes(15))),
         wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, bytes(16), bytes(8))),  # blocks of one piece of two
-        wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, bytes(16), (7, 9))),  # type: ignore[arg-type]
+        wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, bytes(16), "x" * 16)),  # type: ignore[arg-type]
         wire.pack(FrameHeader(5, 1, 2, 3, 0, 0, b"")),
         wire.pack(FrameHeader(5, 1, 2, -3, 2, 64, bytes(16))),
         wire.pack(FrameHeader(5, 1, 1 << 63, 3, 2, 64, bytes(16))),
