@@ -115,6 +115,17 @@ class Tokens:
         self.positions.append(position)
         self.tokens.append(token)
 
+    def extend(
+        self, tickets: Iterable[int], positions: Iterable[int], tokens: Iterable[int],
+        logprobs: Mapping[int, TokenLogprob],
+    ) -> None:  # fmt: skip
+        """Add columns; `logprobs` by index in these."""
+        first = len(self.tickets)
+        self.logprobs.update({first + index: logprob for index, logprob in logprobs.items()})
+        self.tickets.extend(tickets)
+        self.positions.extend(positions)
+        self.tokens.extend(tokens)
+
     def __len__(self) -> int:
         return len(self.tickets)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ..common.errors import BatonError, DeadlineExceeded, PoolFull, StaleAttempt
 from ..common.messages import Cancel, Move, Purpose, TokenOut, TransportBroken
-from ..common.types import FinishReason, WorkerRef
+from ..common.types import WorkerRef
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
 from ..engine.plan import Results, StepPlan
 from ..engine.role import Context
@@ -128,21 +128,19 @@ class DecodeRole:
         """Nothing leaves a decode worker layer by layer."""
 
     def computed(self, sequences: list[Sequence], results: Results, now: float) -> None:
-        outbox, logprobs = self._context.outbox, results.logprobs
-        ended: list[tuple[Sequence, FinishReason]] = []
-        for row, (sequence, token) in enumerate(zip(sequences, results.tokens, strict=True)):
-            if token is None:
-                continue  # a chunk of a recompute
-            reason = sequence.accept(token)
-            outbox.token(sequence.key, len(sequence.tokens) - 1, token, logprobs.get(row))
-            if reason is not None:
-                ended.append((sequence, reason))
-        self._context.stats.output_tokens += results.drawn
+        tokens = results.drawn
+        if len(tokens) < len(sequences):  # a chunk of a recompute draws nothing
+            rows = [row for row, token in enumerate(results.tokens) if token is not None]
+            sequences, results = [sequences[row] for row in rows], results.pick(rows)
+        reasons = [sequence.accept(token) for sequence, token in zip(sequences, tokens, strict=True)]
+        self._context.outbox.last_tokens(sequences, tokens, results.logprobs)
+        self._context.stats.output_tokens += len(tokens)
         self._moves.drew(sequences, results)
-        for sequence, reason in ended:
-            outbox.finished(sequence.key, reason)
-            self._moves.interrupt(sequence, "finished", "the request ended before it had moved")
-            self._remove(sequence)
+        for sequence, reason in zip(sequences, reasons, strict=True):
+            if reason is not None:
+                self._context.outbox.finished(sequence.key, reason)
+                self._moves.interrupt(sequence, "finished", "the request ended before it had moved")
+                self._remove(sequence)
 
     def failed(self, sequence: Sequence, error: BatonError) -> None:
         self._fail(sequence, error)

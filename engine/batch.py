@@ -123,7 +123,7 @@ class Batch:
         np.cumsum(sizes, out=to.table_starts[1 : real + 1])
         to.tables[:] = np.frombuffer(joined, np.int32)
         positions, begins = np.array(plan.starts + [part.start for part in slices]), to.table_starts[:real]
-        to.lengths[:real] = positions + 1
+        np.add(positions, 1, out=to.lengths[:real], casting="same_kind")
         singles = len(plan.decodes) + counts.count(1)
         if singles < real:  # else row i is the one of sequence i
             several = counts[singles - real :]
@@ -132,10 +132,9 @@ class Batch:
             owner = np.repeat(np.arange(real), np.diff(to.starts))
             positions = np.arange(rows) + (positions - to.starts[:-1])[owner]
             begins = begins[owner]
-        last = to.starts[1:] - 1
-        to.wanted[:] = np.delete(last, silent) if silent else last
+        to.wanted[:] = np.delete(to.starts[1:] - 1, silent) if silent else to.starts[1:] - 1
         block, place = np.divmod(positions, block_size)
-        to.slots[:rows] = to.tables[begins + block] * np.int64(block_size) + place
+        np.add(to.tables[begins + block] * np.int64(block_size), place, out=to.slots[:rows])
         to.positions[:rows] = positions
         to.tokens[:rows] = tokens
         if real < total:

@@ -5,11 +5,12 @@ A round either waits for the step that it has launched, or for the one before it
     plain        device                   ─── n ────                             ── n+1 ───
                  host     plan, launch n │ wait     │ tell n · plan, launch n+1 │ wait     │ tell n+1
     overlapped   device   ──────────────── n ────────────────│────────────── n+1 ───────────────│── n+2
-                 host     tell n-1 · plan, launch n+1 · wait │ tell n · plan, launch n+2 · wait │ tell n+1
+                 host     plan, launch n+1 · tell n-1 · wait │ plan, launch n+2 · tell n · wait │ plan
 
 So an overlapped step is planned when nobody knows yet what the step before it draws (`Sequence.pending`): a sequence
 that ends by its length is not planned past it, one that ends by a stop token has a row too many in the step that
-is under way, which is thrown away. (The order of things is that of SGLang's zero-overhead scheduler and of NanoFlow,
+is under way, which is thrown away. And it tells when it is about to wait: the other thread's part of the work then has
+the interpreter for itself. (The order of things is that of SGLang's zero-overhead scheduler and of NanoFlow,
 OSDI '25.)
 """
 
@@ -56,15 +57,18 @@ class _Step:
 
     def left(self) -> Iterator[tuple[Role, list[Sequence], Listing[int]]]:
         """The shares, without those that are gone: sequences, and their places in the step's results."""
-        sequences, gone = self.plan.sequences, self.flight.gone
+        plan, gone = self.plan, self.flight.gone
         for role, decodes, slices in self.shares:
             rows: Listing[int] = decodes
+            sequences = plan.decodes[decodes.start : decodes.stop]
             if slices:
-                rows = [*decodes, *(len(self.plan.decodes) + i for i in slices)]
+                sequences += [plan.slices[i].sequence for i in slices]
+                rows = [*decodes, *(len(plan.decodes) + i for i in slices)]
             if gone:
-                rows = [row for row in rows if sequences[row] not in gone]
-            if rows:
-                yield role, [sequences[row] for row in rows], rows
+                rows = [row for row, sequence in zip(rows, sequences, strict=True) if sequence not in gone]
+                sequences = [sequence for sequence in sequences if sequence not in gone]
+            if sequences:
+                yield role, sequences, rows
 
 
 class EngineLoop:
@@ -123,8 +127,8 @@ class EngineLoop:
         for role in self.roles:
             role.tick(now)
         computed = self._round(now)
-        self._tell_changes()
-        self._tell()
+        if not self._running:  # else the next round, which follows at once, tells what this one has found
+            self._tell()
         if self._recasts:  # last: what the old role had to say is on its way
             self._recast(now)
         return computed
@@ -143,8 +147,10 @@ class EngineLoop:
     def _plain_round(self, now: float) -> bool:
         """Plan a step, have it computed, and see what it drew."""
         plan, shares = self._plan(now)
-        if plan and self._launch(plan, shares):
-            self._collect()
+        if plan:
+            self._tell()  # what the plan has to say need not wait for the step
+            if self._launch(plan, shares):
+                self._collect()
         return bool(plan)
 
     def _overlapped_round(self, now: float) -> bool:
@@ -154,8 +160,11 @@ class EngineLoop:
         if plan.short:
             self._collect()
             plan, shares = self._plan(now)
+        if plan.slices:  # it is launched kernel by kernel, which takes a while
+            self._tell()
         if plan:
             self._launch(plan, shares)
+        self._tell()
         if len(self._running) > bool(plan):
             self._collect()
         return under_way or bool(plan)
@@ -174,7 +183,6 @@ class EngineLoop:
 
     def _launch(self, plan: StepPlan, shares: Shares) -> bool:
         """Give a step to the runner; whether it took it."""
-        self._tell()  # what the plan has to say need not wait for the step
         step = _Step(plan, shares, self.context.table.launch(plan), self._clock.now())
         try:
             self._running.append((step, self._runner.launch(plan, self._on_layer)))
@@ -233,6 +241,7 @@ class EngineLoop:
     # --- telling ---
 
     def _tell(self) -> None:
+        self._tell_changes()
         self.last_load = self.load()
         if mail := self.context.outbox.flush(self.last_load):
             self._deliver(mail)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from ..common.errors import BatonError, Overloaded
@@ -34,7 +36,7 @@ from ..common.messages import (
     TransportBroken,
 )
 from ..common.types import FinishReason, TokenLogprob, WorkerRef
-from .sequence import SequenceKey
+from .sequence import Sequence, SequenceKey
 
 if TYPE_CHECKING:
     from .role import Role
@@ -100,7 +102,7 @@ class Recast:
     """Change the worker's role: run the policies that `cast` makes, from the first moment on at which nothing is held,
     if that comes before `until`, on the loop's clock. `reply` is called on the loop's thread: whether it came."""
 
-    cast: Callable[[], Sequence[Role]]
+    cast: Callable[[], Listing[Role]]
     until: float
     reply: Callable[[bool], None]
 
@@ -206,6 +208,21 @@ class Outbox:
         router, ticket = key
         self._reports[router].tokens.add(ticket, position, token, logprob)
 
+    def last_tokens(
+        self, sequences: Listing[Sequence], tokens: list[int], logprobs: Mapping[int, TokenLogprob]
+    ) -> None:
+        """Tell of each of these sequences its last token; `logprobs` by index. Column by column, and not one after the
+        other: there may be hundreds in each step."""
+        keys = [sequence.key for sequence in sequences]
+        tickets = [ticket for _, ticket in keys]
+        positions = [len(sequence.tokens) - 1 for sequence in sequences]
+        for router in {router for router, _ in keys}:
+            mine = [name == router for name, _ in keys]
+            rows = compress(range(len(keys)), mine) if logprobs else ()
+            asked = {index: logprobs[row] for index, row in enumerate(rows) if row in logprobs}
+            report = self._reports[router].tokens
+            report.extend(compress(tickets, mine), compress(positions, mine), compress(tokens, mine), asked)
+
     def started(self, key: SequenceKey, cached_tokens: int) -> None:
         self._reports[key[0]].started.append(Started(key[1], cached_tokens))
 
@@ -221,6 +238,10 @@ class Outbox:
     def stayed(self, key: SequenceKey, error: BatonError) -> None:
         self._reports[key[0]].stayed.append(Stayed(key[1], error.code, error.message))
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to say."""
+        return bool(self._reports or self._to_targets or self._to_sources)
+
     def kv(self, router: str, events: KvEvents) -> None:
         self._reports[router].kv.append(events)
 
@@ -232,7 +253,7 @@ class Outbox:
 
     def flush(self, load: Load) -> Mail | None:
         """Everything since the last flush, the load with each report; None if there is nothing to say."""
-        if not (self._reports or self._to_targets or self._to_sources):
+        if not self:
             return None
         reports = {
             router: StepReport(

@@ -109,9 +109,9 @@ class Results:
             yield None if token is None else Sampled(token, self.logprobs.get(index))
 
     @property
-    def drawn(self) -> int:
-        """How many tokens."""
-        return len(self.tokens) - self.tokens.count(None)
+    def drawn(self) -> list[int]:
+        """The tokens that there are."""
+        return [token for token in self.tokens if token is not None]
 
     def pick(self, entries: Listing[int | None]) -> Results:
         """These entries, in this order; None is a slice that samples nothing."""

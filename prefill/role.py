@@ -200,7 +200,7 @@ class PrefillRole:
         self._outlet.layer(layer)
 
     def computed(self, sequences: list[Sequence], results: Results, now: float) -> None:
-        self._context.stats.output_tokens += results.drawn
+        self._context.stats.output_tokens += len(results.drawn)
         for sequence, sampled in zip(sequences, results, strict=True):
             if sampled is not None:
                 self._drew(sequence, sampled, now)

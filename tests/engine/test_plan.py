@@ -33,7 +33,7 @@ def test_decodes_come_before_slices() -> None:
 def test_results_are_picked_with_what_belongs_to_them() -> None:
     results = Results([7, None, 8, 9], SAID)
     assert list(results) == [Sampled(7, SAID[0]), None, Sampled(8, SAID[2]), Sampled(9)]
-    assert results.drawn == 3
+    assert results.drawn == [7, 8, 9]
     assert results.pick([2, None, 0]) == Results([8, None, 7], {0: SAID[2], 2: SAID[0]})
     assert results.pick([3]) == Results([9])
     assert results.pick(range(4)) is results

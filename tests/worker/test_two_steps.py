@@ -218,6 +218,7 @@ def test_who_begins_anew_while_computed_says_the_same(how: str, overlap: bool, l
             for sequence in planner.running.copy():
                 planner.recompute(sequence)
         else:
+            bench.loop._tell()  # what the first life has drawn
             bench.mail.clear()
             for ticket, what in asked.items():
                 bench.cancel(ticket)
