@@ -147,6 +147,37 @@ def test_a_plan_that_lacks_room_is_made_again_when_nothing_is_under_way() -> Non
     assert role.seen == ["plan", "short", "computed", "plan", "short", "computed", "plan"]
 
 
+class Noted(Timed):
+    """Writes down what the loop does with it."""
+
+    def __init__(self, clock: ManualClock, order: list[str]) -> None:
+        super().__init__(clock, [0.1] * 9)
+        self._order = order
+
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
+        self._order.append("launch")
+        launched = super().launch(plan, on_layer)
+
+        def results() -> Results:
+            self._order.append("wait")
+            return launched.results()
+
+        return Mock(results=results)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "expected"),
+    [(False, ["launch", "wait", "tell"] * 3), (True, ["launch", "launch", "wait", "launch", "tell", "wait"])],
+)
+def test_what_a_step_drew_is_told_before_the_loop_waits_again(overlap: bool, expected: list[str]) -> None:
+    clock, order = ManualClock(), list[str]()
+    loop = decoding(Noted(clock, order), clock, [], overlap=overlap)
+    loop._deliver = lambda mail: order.append("tell")
+    for _ in range(3):
+        loop.step()
+    assert order == expected
+
+
 def test_a_step_that_fails_is_not_the_end() -> None:
     loop = decoding(Failing(EngineFailure("out of memory")), ManualClock(), [])
     assert loop.step()
