@@ -162,6 +162,7 @@ INLINE void pass(const places *source, const places *target, long pieces, long s
                  int check, enum put put)
 {
     long within = AHEAD % size, piece_ahead = AHEAD / size / segments, ahead = AHEAD / size % segments;
+    const uint8_t *coming = piece_ahead < pieces ? place(source, piece_ahead, ahead) : 0;
     for (long piece = 0; piece < pieces; piece++) {
         sums s = begin();
         long done = 0; /* stripes of the running block */
@@ -171,9 +172,9 @@ INLINE void pass(const places *source, const places *target, long pieces, long s
             uint8_t *there = put == NOWHERE ? 0 : place(target, piece, i);
             for (long at = 0, stripes; at < size; at += stripes * STRIPE) {
                 const uint8_t *from = whole + at;
-                const uint8_t *fetch = piece_ahead < pieces ? place(source, piece_ahead, ahead) + within : from;
+                const uint8_t *fetch = coming ? coming + within : from;
                 uint8_t *to = there + at;
-                if (put == STREAMED && piece_ahead < pieces && within == 0)
+                if (put == STREAMED && coming && within == 0)
                     __builtin_prefetch(place(target, piece_ahead, ahead), 1);
                 stripes = least(least(BLOCK - done, (stop - at) / STRIPE), (size - within) / STRIPE);
                 if (at == stop)
@@ -192,6 +193,7 @@ INLINE void pass(const places *source, const places *target, long pieces, long s
                         ahead = 0;
                         piece_ahead++;
                     }
+                    coming = piece_ahead < pieces ? place(source, piece_ahead, ahead) : 0;
                 }
             }
         }
