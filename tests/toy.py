@@ -20,8 +20,8 @@ from baton.common.config import EngineConfig, HandoverConfig, WorkerConfig
 from baton.common.errors import TransportFailed
 from baton.common.kv_format import KvFormat
 from baton.common.messages import Endpoint
-from baton.common.types import Request, Role, SamplingParams, WorkerRef
-from baton.engine.plan import Ended, Launched, OnLayer, Results, Slice, StepPlan
+from baton.common.types import Request, Role, SamplingParams, TokenLogprob, WorkerRef
+from baton.engine.plan import Launched, OnLayer, Results, Slice, StepPlan
 from baton.kvtransfer.host_store import Bytes, HostStore
 from baton.kvtransfer.shm import SharedMemory
 from baton.kvtransfer.transport import Mark
@@ -112,12 +112,29 @@ class Told:
     start: int
     end: int
     samples: bool
+    asked: bool = False
+    """For log-probabilities."""
 
     @classmethod
     def of(cls, part: Slice) -> Told:
         owner = part.sequence
-        known = owner.tokens[part.start : part.end]
-        return cls(owner, known, list(owner.blocks), part.start, part.end, part.samples)
+        known, asked = owner.tokens[part.start : part.end], owner.params.logprobs is not None
+        return cls(owner, known, list(owner.blocks), part.start, part.end, part.samples, asked)
+
+
+def logprob(position: int, token: int) -> TokenLogprob:
+    """What the toy says of a token where it is asked: nothing else has the same."""
+    return TokenLogprob(-float(position * VOCAB + token))
+
+
+@dataclass(frozen=True)
+class _Now:
+    """A step of a device that computes at once."""
+
+    found: Results
+
+    def results(self) -> Results:
+        return self.found
 
 
 @dataclass
@@ -130,9 +147,9 @@ class ToyRunner:
     """By the step before."""
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
-        return Ended(self.compute(plan, [Told.of(part) for part in plan.parts], on_layer))
+        return _Now(self.compute(plan, [Told.of(part) for part in plan.parts], on_layer))
 
-    def compute(self, plan: StepPlan, parts: Sequence[Told], on_layer: OnLayer | None) -> list[int | None]:
+    def compute(self, plan: StepPlan, parts: Sequence[Told], on_layer: OnLayer | None) -> Results:
         if callable(self.before):
             self.before(plan)
         for part in parts:
@@ -140,7 +157,11 @@ class ToyRunner:
                 part.tokens.append(self._drawn[part.owner])
         self.forward(parts, on_layer)
         self._drawn = {part.owner: _next(self.kv(part).tobytes()) for part in parts if part.samples}
-        return [self._drawn[part.owner] if part.samples else None for part in parts]
+        tokens = [self._drawn[part.owner] if part.samples else None for part in parts]
+        drawn = [
+            (row, part.end, token) for row, (part, token) in enumerate(zip(parts, tokens, strict=True)) if part.asked
+        ]
+        return Results(tokens, {row: logprob(end, token) for row, end, token in drawn if token is not None})
 
     def forward(self, parts: Sequence[Told], on_layer: OnLayer | None) -> None:
         for layer in range(LAYERS):
@@ -197,7 +218,7 @@ class _Late:
     def results(self) -> Results:
         assert self.before.is_set(), "steps are collected in their order"
         try:
-            return Results(self.runner.compute(self.plan, self.parts, None))
+            return self.runner.compute(self.plan, self.parts, None)
         finally:
             self.ended.set()
 

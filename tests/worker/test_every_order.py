@@ -14,7 +14,7 @@ import pytest
 from baton.common.messages import Abort, Commit, Failed, Finished, HandedOver, Move, Reserve, Stayed, Submit
 from baton.common.types import Role
 from baton.engine.mailbox import FromRouter
-from tests.toy import oracle, request
+from tests.toy import logprob, oracle, request
 from tests.worker.world import LEASE_S, World
 
 PROMPT = list(range(20, 25))  # a full block and a partial one
@@ -27,7 +27,7 @@ Step = list[Any]
 def begin(source: Role, transport: str, length: int = LENGTH, overlap: bool = False) -> World:
     """A request is at the source; if that decodes, it is told to let it go."""
     world = World(source, transport, overlap)
-    what = request("r", PROMPT, length)
+    what = request("r", PROMPT, length, logprobs=0)
     if source is Role.PREFILL:
         world.source.post(FromRouter("router", Submit(1, 1, what, world.target.own.ref)))
     else:
@@ -44,6 +44,7 @@ def rules(world: World) -> None:
     for bench in (world.source, world.target):
         for token in bench.tokens:
             assert token.token == EXPECTED[token.position], f"{bench.own.ref.name} read what was not there"
+            assert token.logprob == logprob(token.position, token.token)
     drawn = [t.position for t in world.target.tokens]
     assert drawn == list(range(drawn[0], drawn[0] + len(drawn))) if drawn else True, "once each, in order"
     assert not (world.source.running and world.target.running), "both go on with it"

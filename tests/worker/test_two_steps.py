@@ -37,6 +37,7 @@ from tests.toy import (
     ToyPool,
     ToyRunner,
     endpoint,
+    logprob,
     oracle,
     request,
     worker_config,
@@ -49,12 +50,12 @@ NO_OUTLET: Any = Mock(failed=Mock(return_value=()))
 class Bench:
     """A colocated worker. Blocks that nobody owns are poisoned, and the books are proved after each round."""
 
-    def __init__(self, overlap: bool, late: bool, num_blocks: int = 64) -> None:
+    def __init__(self, overlap: bool, late: bool, num_blocks: int = 64, eos: int = EOS) -> None:
         self.clock, self.inbox, self.mail = ManualClock(1.0), Inbox(), list[Mail]()
         pool = ToyPool(num_blocks)
         self.runner = (LateRunner if late else ToyRunner)(pool)
         limits = Limits(
-            vocab_size=VOCAB, eos_ids=frozenset({EOS}), max_model_len=LONGEST, max_batch_tokens=24, max_running=16,
+            vocab_size=VOCAB, eos_ids=frozenset({eos}), max_model_len=LONGEST, max_batch_tokens=24, max_running=16,
             max_waiting=999,
         )  # fmt: skip
         self.table = BlockTable(num_blocks, BlockHasher(BLOCK_SIZE))
@@ -95,10 +96,12 @@ class Bench:
         report = self.loop.inspect()
         assert report.sequences == report.pinned_blocks == 0
 
-    def tokens(self, ticket: int) -> list[int]:
+    def tokens(self, ticket: int, asked: bool = False) -> list[int]:
+        """Told in their order, with log-probabilities where they were asked for."""
         found = [t for mail in self.mail for r in mail.reports.values() for t in r.tokens if t.ticket == ticket]
         positions = [t.position for t in found]
         assert positions == list(range(positions[0], positions[0] + len(found))) if found else True
+        assert all(t.logprob == (logprob(t.position, t.token) if asked else None) for t in found)
         return [t.token for t in found]
 
     def heard(self, kind: type) -> dict[int, Any]:
@@ -122,7 +125,7 @@ def some_request(rng: random.Random, number: int) -> Request:
     prompt = [1, 2, 3, 4, 5, 6][: rng.choice([0, 6])] + [rng.randrange(900) for _ in range(rng.randrange(1, 30))]
     length = rng.choice([1, 2, 3, 9, 20, 99])
     stops = oracle(prompt, 12)[rng.randrange(12) :][:1] if rng.random() < 0.5 else []
-    return request(str(number), prompt, length, stop_token_ids=tuple(stops))
+    return request(str(number), prompt, length, stop_token_ids=tuple(stops), logprobs=rng.choice([None, None, 0]))
 
 
 @pytest.mark.parametrize(("overlap", "late"), LOOPS)
@@ -141,7 +144,7 @@ def test_all_say_what_the_oracle_says(num_blocks: int, overlap: bool, late: bool
                 bench.cancel(gone)
         bench.rest()
         for number, what in asked.items():
-            got, answer = bench.tokens(number), expected(what)
+            got, answer = bench.tokens(number, what.params.logprobs is not None), expected(what)
             assert got == (answer[: len(got)] if number in cancelled else answer), (seed, number)
         assert not bench.heard(Failed) and bench.heard(Finished).keys() | cancelled == asked.keys()
         preemptions += bench.loop.inspect().preemptions
@@ -164,6 +167,37 @@ def test_nobody_is_computed_past_his_end(overlap: bool, late: bool) -> None:
     bench.submit(3, request("3", [1, 2, 3], 99, stop_token_ids=(stop,)))
     bench.rest()
     assert sum(rows) == 3 + 7 + overlap and bench.heard(Finished)[3].reason == "stop"
+
+
+@pytest.mark.parametrize(("overlap", "late"), LOOPS)
+@pytest.mark.parametrize("last", [0, 1, 5])
+def test_the_models_own_end_ends(last: int, overlap: bool, late: bool) -> None:
+    """With a prompt's first token or later, unless it is to be ignored or comes too early."""
+    answer = oracle([1, 2, 3], 9)
+    bench = Bench(overlap, late, eos=answer[last])
+    for ticket, params in enumerate([{}, {"ignore_eos": True}, {"min_tokens": last + 2}, {"min_tokens": last + 1}]):
+        bench.submit(ticket, request(str(ticket), [1, 2, 3], 9, **params))
+    bench.rest()
+    assert [bench.tokens(ticket) for ticket in range(4)] == [answer[: last + 1], answer, answer, answer[: last + 1]]
+    assert [bench.heard(Finished)[n].reason for n in range(4)] == ["stop", "length", "length", "stop"]
+
+
+@pytest.mark.parametrize(("overlap", "late"), LOOPS)
+def test_each_ends_by_his_own_deadline(overlap: bool, late: bool) -> None:
+    """Whether those before him have ended or run out of time."""
+    bench, seconds = Bench(overlap, late), {1: 9.0, 2: 4.0, 3: 6.0, 4: 2.0, 5: 8.0}
+    for ticket, deadline in seconds.items():
+        bench.submit(ticket, replace(request(str(ticket), [ticket] * 3, 2 if ticket == 4 else 50), deadline_s=deadline))
+    begun, due = bench.clock.now(), [2, 3, 5, 1]
+    bench.round()
+    for count, ticket in enumerate(due):
+        bench.clock.advance(begun + seconds[ticket] - 0.005 - bench.clock.now())
+        bench.round()
+        assert len(bench.heard(Failed)) == count, "nobody before his time"
+        bench.round()
+        assert list(bench.heard(Failed)) == due[: count + 1]
+    assert bench.heard(Finished).keys() == {4}
+    assert {said.code for said in bench.heard(Failed).values()} == {"deadline_exceeded"}
 
 
 def test_a_step_is_launched_before_the_one_before_it_is_collected() -> None:

@@ -84,6 +84,11 @@ def serve(checkpoint: Path, overlap: bool) -> Served:
 def test_a_real_model_says_the_same_under_both_loops(checkpoint: Path) -> None:
     plain, overlapped = serve(checkpoint, False), serve(checkpoint, True)
     assert overlapped.answers == plain.answers
+    for number, params in enumerate(PARAMS):
+        for token in plain.answers[number]:
+            assert (token.logprob is None) == (params.logprobs is None)
+            if token.logprob is not None and params.logprobs:  # of a greedy one: its own token is the best
+                assert token.logprob.top[0] == (token.token, token.logprob.logprob)
     assert (
         all(len(plain.answers[n]) == p.max_tokens for n, p in enumerate(PARAMS) if p.ignore_eos)
         and plain.preemptions > 0 < overlapped.preemptions
