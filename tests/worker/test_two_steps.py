@@ -189,7 +189,8 @@ def test_each_ends_by_his_own_deadline(overlap: bool, late: bool) -> None:
     for ticket, deadline in seconds.items():
         bench.submit(ticket, replace(request(str(ticket), [ticket] * 3, 2 if ticket == 4 else 50), deadline_s=deadline))
     begun, due = bench.clock.now(), [2, 3, 5, 1]
-    bench.round()
+    while not bench.heard(Finished):
+        bench.round()
     for count, ticket in enumerate(due):
         bench.clock.advance(begun + seconds[ticket] - 0.005 - bench.clock.now())
         bench.round()
