@@ -1,8 +1,8 @@
 """Continuous batching: every running request gets one token in every step (Orca, OSDI '22).
 
-Pure: sequences and the block table in, slices out. When the pool runs out, the youngest request is preempted: its
-blocks go back (what was full stays in the prefix cache as long as nobody else needs it), and later its KV is computed
-again in place. A request is older than another if it arrived before it, and the oldest is never preempted for
+Pure: sequences and the block table in, a step's plan out. When the pool runs out, the youngest request is preempted:
+its blocks go back (what was full stays in the prefix cache as long as nobody else needs it), and later its KV is
+computed again in place. A request is older than another if it arrived before it, and the oldest is never preempted for
 another's sake, so somebody always gets on and the pool cannot livelock.
 """
 
@@ -64,8 +64,9 @@ class ContinuousBatching:
         self._preempt(sequence)
 
     def plan(self, plan: StepPlan) -> None:
-        """Add a slice for each running sequence that fits the budget; first resume who was preempted and fits again.
-        Where a step is under way that may end somebody, nobody is preempted before it has: the plan is `short` then."""
+        """Add the next token of each running sequence, and for who was preempted what it lacks, as far as the budget
+        goes; first resume who fits again. Where a step is under way that may end somebody, nobody is preempted before
+        it has: the plan is `short` then."""
         self._resume()
         block_size = self._table.block_size
         for sequence in list(self.running):

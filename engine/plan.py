@@ -24,7 +24,7 @@ class Slice:
 
     @classmethod
     def of(cls, sequence: Sequence, start: int, count: int) -> Slice:
-        return cls(sequence, start, count, start + count == len(sequence.tokens) + sequence.pending)
+        return cls(sequence, start, count, start + count == sequence.length)
 
     @property
     def end(self) -> int:
@@ -62,12 +62,9 @@ class StepPlan:
 
     def add(self, sequence: Sequence, count: int) -> None:
         """The next `count` tokens of a sequence that no launched step computes, or as many as fit."""
-        if count > self.budget:
-            count = self.budget
-        start = sequence.launched
-        samples = start + count == len(sequence.tokens) + sequence.pending
-        self.slices.append(Slice(sequence, start, count, samples))
-        self.budget -= count
+        part = Slice.of(sequence, sequence.launched, min(count, self.budget))
+        self.slices.append(part)
+        self.budget -= part.count
 
     @property
     def tokens(self) -> int:
@@ -87,7 +84,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A token drawn for a slice, with its log-probability where the request asked for it."""
+    """A drawn token, with its log-probability where the request asked for it."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -114,7 +111,7 @@ class Results:
         return [token for token in self.tokens if token is not None]
 
     def pick(self, entries: Listing[int | None]) -> Results:
-        """These entries, in this order; None is a slice that samples nothing."""
+        """These entries, in this order; None stands for what samples nothing."""
         tokens = self.tokens
         if entries == range(len(tokens)):
             return self

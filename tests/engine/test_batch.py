@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from baton.engine.batch import Batch, Layout
+from baton.engine.batch import NO_SLOT, NOT_DRAWN, Batch, Layout
 from baton.engine.plan import Slice, StepPlan
+from baton.engine.sequence import Sequence
 
 from .test_model import sequence
 
@@ -90,3 +96,73 @@ def test_a_batch_is_filled_up_with_rows_that_store_nothing() -> None:
     assert arrays.table_starts.tolist() == [0, 20, 40, 40, 40]
     assert arrays.starts.tolist() == [0, 1, 2, 3, 4]
     assert arrays.wanted.tolist() == [0, 1, 2, 3]
+
+
+@dataclass
+class Rowwise:
+    """What a batch should hold, written down row by row."""
+
+    tokens: list[int] = field(default_factory=list)
+    drawn: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    lengths: list[int] = field(default_factory=list)
+    table_starts: list[int] = field(default_factory=lambda: [0])
+    tables: list[int] = field(default_factory=list)
+
+    def add(self, part: Slice, drawn: dict[Sequence, int]) -> None:
+        owner = part.sequence
+        for position in range(part.start, part.end):
+            known = position < len(owner.tokens)
+            self.tokens.append(owner.tokens[position] if known else 0)
+            self.drawn.append(NOT_DRAWN if known else drawn[owner])
+            self.positions.append(position)
+            self.slots.append(owner.blocks[position // BLOCK] * BLOCK + position % BLOCK)
+        self.wanted += [len(self.tokens) - 1] * part.samples
+        self.starts.append(len(self.tokens))
+        self.lengths.append(part.end)
+        self.tables += owner.blocks
+        self.table_starts.append(len(self.tables))
+
+    def fill(self) -> None:
+        """One more row that stores nothing."""
+        for column, empty in ((self.tokens, 0), (self.drawn, NOT_DRAWN), (self.positions, 0), (self.slots, NO_SLOT)):
+            column.append(empty)
+        self.wanted.append(len(self.wanted))
+        self.starts.append(len(self.tokens))
+        self.lengths.append(0)
+        self.table_starts.append(len(self.tables))
+
+
+@given(decodes=st.integers(0, 5), chunks=st.lists(st.booleans(), max_size=5), seed=st.integers(0, 1 << 30))
+def test_any_plan_is_laid_out_row_by_row(decodes: int, chunks: list[bool], seed: int) -> None:
+    """Decodes, then slices of one row, then longer ones; some sample, some embed what the step before draws."""
+    rng = random.Random(seed)
+    owners = [sequence(rng.choices(range(99), k=rng.randrange(2, 60)), 20 * i) for i in range(decodes + len(chunks))]
+    for owner in owners:
+        del owner.blocks[rng.randrange(len(owner.tokens) // BLOCK + 1, 21) :]
+        owner.pending = rng.randrange(2)
+    drawn = {owner: row for row, owner in enumerate(rng.sample(owners, len(owners))) if owner.pending}
+    plan = StepPlan(999)
+    for owner in owners[:decodes]:
+        owner.launched = owner.length - 1
+        plan.decode(owner)
+    for owner, whole in zip(owners[decodes:], chunks, strict=True):
+        owner.launched = rng.randrange(owner.length)
+        plan.add(owner, owner.missing if whole else rng.randrange(1, owner.missing + 1))
+    if not plan:
+        return
+    fill = 0 if plan.slices else rng.choice([0, len(plan) + rng.randrange(4)])
+    expected = Rowwise()
+    single, longer = ([part for part in plan.slices if (part.count == 1) is one] for one in (True, False))
+    for part in [*plan.parts[:decodes], *single, *longer]:
+        expected.add(part, drawn)
+    for _ in range(fill - len(plan)):
+        expected.fill()
+    batch = Batch.of(plan, BLOCK, drawn, fill)
+    for name, found in batch.arrays()._asdict().items():
+        assert found.tolist() == getattr(expected, name), name
+    assert batch.singles == max(fill, decodes + len(single))
+    assert batch.pending == any(row != NOT_DRAWN for row in expected.drawn)

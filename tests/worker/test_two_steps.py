@@ -146,6 +146,8 @@ def test_all_say_what_the_oracle_says(num_blocks: int, overlap: bool, late: bool
         for number, what in asked.items():
             got, answer = bench.tokens(number, what.params.logprobs is not None), expected(what)
             assert got == (answer[: len(got)] if number in cancelled else answer), (seed, number)
+        told = sum(len(report.tokens) for mail in bench.mail for report in mail.reports.values())
+        assert bench.loop.load().output_tokens == told
         assert not bench.heard(Failed) and bench.heard(Finished).keys() | cancelled == asked.keys()
         preemptions += bench.loop.inspect().preemptions
     assert preemptions > 5 or num_blocks == 90
