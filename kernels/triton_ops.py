@@ -55,7 +55,8 @@ class TritonOps:
         where one of them does not compile for this device, or wants more of its shared memory than it has."""
         places = torch.tensor([0, 0, 1], device=device)
         starts, lengths, tables, table_starts = (
-            torch.tensor(values, dtype=torch.int32, device=device) for values in ((0, 1, 3), (1, 2), (0, 1, 2), (0, 1, 3))
+            torch.tensor(values, dtype=torch.int32, device=device)
+            for values in ((0, 1, 3), (1, 2), (0, 1, 2), (0, 1, 3))
         )  # two blocks for two tokens, should a block hold no more than one
         slots = torch.tensor([0, block_size, block_size + 1], device=device)
         rows = Rows(places, slots, starts, lengths, tables, table_starts, 1, (0, 1, 3), (1, 2))
