@@ -312,12 +312,12 @@ class _Lane:
         with self._change:
             if count > len(self._under_way):
                 raise TransportFailed("more answers than frames")
-            for _ in range(count):
-                transfer, size = self._under_way.popleft()
-                with transfer.lock:
-                    transfer.answered += 1
-                    transfer.across += size
+            answered = [self._under_way.popleft() for _ in range(count)]
             self._change.notify_all()
+        for transfer, size in answered:  # without what the engine loop wants: a frame that is made has this lock
+            with transfer.lock:
+                transfer.answered += 1
+                transfer.across += size
 
     # --- the end of either ---
 

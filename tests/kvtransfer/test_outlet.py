@@ -116,10 +116,12 @@ class Recorder:
 
 
 @contextmanager
-def recorded(window: int, target_size: int = 16) -> Iterator[tuple[LaneOutlet, Recorder]]:
+def recorded(
+    window: int, target_size: int = 16, giver: Recorder | None = None
+) -> Iterator[tuple[LaneOutlet, Recorder]]:
     """An outlet with handover 1 open, to a target with blocks of `target_size` tokens. Two of these fit a frame."""
     store: Any = SimpleNamespace(format=FORM, rank=0, mark=lambda: lambda: None)
-    form, giver = replace(FORM, block_size=target_size), Recorder()
+    form, giver = replace(FORM, block_size=target_size), giver or Recorder()
     config = HandoverConfig(frame_bytes=2 * form.block_bytes, window_frames=window)
     outlet = LaneOutlet(store, config, ManualClock(), lambda *_: giver, lambda event: None)  # type: ignore[arg-type]
     outlet.open(1, 1, replace(endpoint("decode-0"), format=form), "shm")
@@ -185,3 +187,30 @@ def test_a_lane_waits_for_credits_when_its_window_is_full() -> None:
         assert settled(lambda: len(lane._under_way) == lane._window == 2) and giver.prepared.empty()
         giver.answers.put(2)
         assert giver.sees(2) == [(1, 1, 0, [5, 6]), (1, 1, 2, [7])]
+
+
+def test_a_frame_that_is_made_keeps_nobody_from_offering_more() -> None:
+    """Not even where an answer to the one before it waits to be counted."""
+    making, made = threading.Event(), threading.Event()
+
+    class Busy(Recorder):
+        def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
+            if layer == 1:
+                making.set()
+                assert made.wait(30)
+            return super().prepare(handover_id, attempt, layer, first, part)
+
+    with recorded(window=3, giver=Busy()) as (outlet, giver):
+        offer = Offer(1, 0, Cut((5,), 0, 1))
+        outlet.offer(offer)
+        assert making.wait(20)
+        giver.answers.put(1)
+        (lane,) = outlet._lanes.values()
+        assert settled(lambda: not lane._under_way)
+        offering = threading.Thread(target=outlet.offer, args=(offer,), daemon=True)
+        offering.start()
+        offering.join(10)
+        try:
+            assert not offering.is_alive()
+        finally:
+            made.set()
