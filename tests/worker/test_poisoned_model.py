@@ -30,7 +30,7 @@ DECODERS = ("decode-0", "decode-1")
 BLOCKS = 44
 REQUESTS = [(3 + 5 * n % 61, (24, 110)[n % 2]) for n in range(20)]
 """Lengths of prompts, from less than a block to four of them, and of answers: in the end there is room to move."""
-STEP_S = 0.004
+STEP_S = 0.01
 """What a step of a decode worker takes at least."""
 CANCELLED = 6
 """How many requests more are given up, each a little later than the one before."""
