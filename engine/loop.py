@@ -158,6 +158,7 @@ class EngineLoop:
         under_way = bool(self._running)
         plan, shares = self._plan(now)
         if plan.short:
+            self._tell()
             self._collect()
             plan, shares = self._plan(now)
         if plan.slices:  # it is launched kernel by kernel, which takes a while

@@ -216,7 +216,7 @@ class Outbox:
         keys = [sequence.key for sequence in sequences]
         tickets = [ticket for _, ticket in keys]
         positions = [len(sequence.tokens) - 1 for sequence in sequences]
-        for router in {router for router, _ in keys}:
+        for router in dict.fromkeys(router for router, _ in keys):  # in their order: a simulation is to be repeatable
             mine = [name == router for name, _ in keys]
             rows = compress(range(len(keys)), mine) if logprobs else ()
             asked = {index: logprobs[row] for index, row in enumerate(rows) if row in logprobs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
 
@@ -59,10 +60,10 @@ class Failing:
 
 
 def decoding(
-    runner: Runner, clock: ManualClock, mail: list[Mail], streams: int = 1, overlap: bool = False
+    runner: Runner, clock: ManualClock, mail: list[Mail], streams: int = 1, overlap: bool = False, num_blocks: int = 64
 ) -> EngineLoop:
     """A loop over a decode worker's role, in whose batch are these many requests."""
-    table = BlockTable(64, BlockHasher(16))
+    table = BlockTable(num_blocks, BlockHasher(16))
     limits = Limits(
         vocab_size=1000, eos_ids=frozenset(), max_model_len=1000, max_batch_tokens=64, max_running=8, max_waiting=8
     )  # fmt: skip
@@ -176,6 +177,18 @@ def test_what_a_step_drew_is_told_before_the_loop_waits_again(overlap: bool, exp
     for _ in range(3):
         loop.step()
     assert order == expected
+
+
+def test_who_waits_for_room_has_told_before() -> None:
+    """Two streams in two blocks: when the first is full, the step under way must end before one of them may go."""
+    clock, order = ManualClock(), list[str]()
+    runner = Noted(clock, order)
+    runner.seconds = [0.1] * 20
+    loop = decoding(runner, clock, [], streams=2, overlap=True, num_blocks=2)
+    loop._deliver = lambda mail: order.append("tell")
+    while not loop.load().preemptions:
+        loop.step()
+    assert ("wait", "wait") not in pairwise([what for what in order if what != "launch"])
 
 
 def test_a_step_that_fails_is_not_the_end() -> None:

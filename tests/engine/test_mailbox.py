@@ -24,3 +24,13 @@ def test_each_router_hears_its_own_tokens_with_what_belongs_to_them() -> None:
         TokenOut(9, 7, 70, TokenLogprob(-9.0)), TokenOut(0, 4, 50), TokenOut(3, 7, 53, asked[3]),
     ]  # fmt: skip
     assert list(mail.reports["b"].tokens) == [TokenOut(1, 5, 51, asked[1]), TokenOut(2, 6, 52)]
+
+
+def test_reports_are_in_the_order_of_who_was_told_first() -> None:
+    """In every process alike: the simulator delivers them in this order."""
+    outbox, names = Outbox(), list("hgfedcba")
+    outbox.routers.update(names)
+    owners = [Sequence((router, 1), request("r", range(5), 9), 1, 0.0, 9.0) for router in names]
+    outbox.last_tokens(owners, [7] * len(owners), {})
+    mail = outbox.flush(Mock())
+    assert mail is not None and list(mail.reports) == names
