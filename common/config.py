@@ -73,15 +73,14 @@ class HandoverConfig:
     (`decode/moves.py`). Alike on all workers."""
     transport: str = "auto"
     """How KV travels to this worker: auto (the best that both ends have), cuda-ipc, shm, process-group, tcp or grpc.
-    One that a pair cannot use, or that fails, gives way to the next. Only workers without tensor parallelism have
-    grpc."""
+    One that a pair cannot use, or that fails, gives way to the next."""
     checksums: bool = True
     """Every piece is hashed at both ends; what does not match is recomputed."""
     frame_bytes: int = 8 << 20
     """Payload of one data frame at most: large, because each frame costs some 100 µs of Python beside its bytes."""
     window_frames: int = 3
     """Credits: at most so many times `frame_bytes` are in flight from one source's rank to one target's. Enough that
-    neither end waits; few enough that the target finds in a cache that both ends share what the source has hashed."""
+    neither end waits. By shared memory it is two at most (`kvtransfer/outlet.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

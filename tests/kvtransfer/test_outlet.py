@@ -124,7 +124,7 @@ def recorded(
     form, giver = replace(FORM, block_size=target_size), giver or Recorder()
     config = HandoverConfig(frame_bytes=2 * form.block_bytes, window_frames=window)
     outlet = LaneOutlet(store, config, ManualClock(), lambda *_: giver, lambda event: None)  # type: ignore[arg-type]
-    outlet.open(1, 1, replace(endpoint("decode-0"), format=form), "shm")
+    outlet.open(1, 1, replace(endpoint("decode-0"), format=form), "tcp")
     try:
         yield outlet, giver
     finally:
@@ -165,7 +165,7 @@ def test_an_offer_is_as_many_frames_as_it_counts(
 def test_no_block_is_read_once_its_handover_is_closed() -> None:
     """Not even where its frames are half sent; what is behind them in the lane goes its way."""
     with recorded(window=1) as (outlet, giver):
-        outlet.open(2, 1, replace(endpoint("decode-0"), format=FORM), "shm")
+        outlet.open(2, 1, replace(endpoint("decode-0"), format=FORM), "tcp")
         for number in (1, 2):
             outlet.stage([Offer(number, 0, Cut((10 * number, 10 * number + 1, 10 * number + 2), 0, 3))])
             outlet.layer(0)
