@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from baton.common.clock import RealClock
 from baton.common.cluster import Members, WorkerStatus
 from baton.common.config import EngineConfig, HandoverConfig, RouterConfig, WorkerConfig
 from baton.common.types import Request, Role, SamplingParams
+from baton.decode.role import DecodeRole
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from baton.worker.compute import build
@@ -28,12 +30,13 @@ from tests.tiny import make_checkpoint
 
 DECODERS = ("decode-0", "decode-1")
 BLOCKS = 44
-REQUESTS = [(3 + 5 * n % 61, (24, 110)[n % 2]) for n in range(20)]
-"""Lengths of prompts, from less than a block to four of them, and of answers: in the end there is room to move."""
-STEP_S = 0.01
-"""What a step of a decode worker takes at least."""
+LONG = [(3 + 5 * n % 61, 110) for n in range(16)]
+"""Lengths of prompts, from less than a block to four of them, and of answers. While no decode worker plans, both have
+room for twice these prompts. Side by side the answers need 140 blocks in the end, so one worker at least lacks many."""
+SHORT = [(3 + 10 * n % 61, 24) for n in range(8)]
+"""Those that come in when there is no room left."""
 CANCELLED = 6
-"""How many requests more are given up, each a little later than the one before."""
+"""How many more come then and are given up, each a little later than the one before."""
 TIMEOUT_S = 60.0
 
 
@@ -48,8 +51,10 @@ def judge(checkpoint: Path) -> Judge:
 
 
 @asynccontextmanager
-async def running(name: str, role: Role, model: Path, transport: str) -> AsyncIterator[Worker]:
-    """A worker with the real engine and poison in its pool, its loop on a thread."""
+async def running(
+    name: str, role: Role, model: Path, transport: str, decoding: threading.Event
+) -> AsyncIterator[Worker]:
+    """A worker with the real engine and poison in its pool, its loop on a thread. It decodes once `decoding` is set."""
     block = 3 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, tokens, elements, bytes
     overlap = "on" if transport == "tcp" else "off"
     engine = EngineConfig(model=str(model), kv_memory=BLOCKS * block, threads=1, max_batch_tokens=32, overlap=overlap)
@@ -61,8 +66,7 @@ async def running(name: str, role: Role, model: Path, transport: str) -> AsyncIt
     values = compute.engine.pool.memory.view(np.float32).reshape(3, BLOCKS, -1)
     poison = Poison(worker.loop.context.table.manager, values, float("nan"))
     assert np.isnan(compute.engine.pool.flat.view(torch.float32).numpy()).all()
-    if role is Role.DECODE:
-        slow(worker)
+    hold(worker, decoding)
     stop = threading.Event()
     thread = threading.Thread(target=worker.loop.run, args=(stop,))
     await worker.start()
@@ -76,14 +80,12 @@ async def running(name: str, role: Role, model: Path, transport: str) -> AsyncIt
         poison.check()
 
 
-def slow(worker: Worker) -> None:
-    step = worker.loop.step
-
-    def slower() -> bool:
-        time.sleep(STEP_S)
-        return step()
-
-    worker.loop.step = slower  # type: ignore[method-assign]
+def hold(worker: Worker, decoding: threading.Event) -> None:
+    """Its decode role takes requests in and lets them go, but plans no token before `decoding` is set."""
+    for role in worker.loop.roles:
+        if isinstance(role, DecodeRole):
+            plan = partial(lambda plan, *step: plan(*step) if decoding.is_set() else None, role.plan)
+            role.plan = plan  # type: ignore[method-assign]
 
 
 async def members(workers: list[Worker]) -> AsyncIterator[Members]:
@@ -119,12 +121,24 @@ async def balanced(worker: Worker) -> None:
         await asyncio.sleep(0.02)
 
 
+async def chase(router: Router) -> None:
+    """Each decode worker in turn is to be emptied, every time for longer: who waits for a prompt's turn there is placed
+    elsewhere, and must be computed in the end, however slow the machine."""
+    try:
+        for turn in count():
+            router._core.set_draining((), {DECODERS[turn % 2]})
+            await asyncio.sleep(0.1 * 1.1**turn)
+    finally:
+        router._core.set_draining(())
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp", "process-group"])
 async def test_nothing_is_read_that_was_not_written(checkpoint: Path, judge: Judge, transport: str) -> None:
+    decoding = threading.Event()
     async with asyncio.timeout(TIMEOUT_S), AsyncExitStack() as stack:
 
         async def worker(name: str, role: Role) -> Worker:
-            return await stack.enter_async_context(running(name, role, checkpoint, transport))
+            return await stack.enter_async_context(running(name, role, checkpoint, transport, decoding))
 
         prefill, decode = await worker("prefill-0", Role.PREFILL), [await worker(n, Role.DECODE) for n in DECODERS]
         router = Router("router", RouterConfig(max_attempts=1000, place_timeout_s=TIMEOUT_S), "secret")
@@ -132,19 +146,32 @@ async def test_nothing_is_read_that_was_not_written(checkpoint: Path, judge: Jud
         stack.push_async_callback(router.close)
         while sum(w.state == "ready" for w in router.snapshot().workers) < 3:
             await asyncio.sleep(0.02)
-        asked = [request(number, *lengths) for number, lengths in enumerate(REQUESTS)]
+
+        async def preemptions() -> int:
+            return sum([(await each.check()).preemptions for each in decode])
+
+        asked = [request(number, *lengths) for number, lengths in enumerate(LONG + SHORT)]
         async with asyncio.TaskGroup() as clients:
-            answers = [clients.create_task(complete(router, what)) for what in asked]
+            answers = [clients.create_task(complete(router, what)) for what in asked[: len(LONG)]]
+            while not all(stream.handover_done for stream in router._streams) or len(router._streams) < len(LONG):
+                await asyncio.sleep(0.02)
+            chasing = clients.create_task(chase(router))
+            while not router.snapshot().stats.moves["moved"]:
+                await asyncio.sleep(0.02)
+            chasing.cancel()
+            decoding.set()
+            ended = False
+            while not await preemptions():
+                assert not ended, "there was room for all"
+                ended = any(answer.done() for answer in answers)
+                await asyncio.sleep(0.02)
+            chasing = clients.create_task(chase(router))
+            answers += [clients.create_task(complete(router, what)) for what in asked[len(LONG) :]]
             for number in range(CANCELLED):
                 clients.create_task(give_up(router, request(100 + number, 40, 40), 0.05 * number))
-            while not all(answer.done() for answer in answers):
-                for name in DECODERS:
-                    router._core.set_draining((), {name})
-                    await asyncio.sleep(0.1)
-            router._core.set_draining(())
-        assert router.snapshot().stats.moves["moved"] > 0
+            await asyncio.wait(answers)
+            chasing.cancel()
         for each in (prefill, *decode):
             await balanced(each)
         assert transport in {how for _, _, how in prefill.plane.outlet._lanes}
-        assert sum([(await each.check()).preemptions for each in decode]) > 0
     judge.check([(what.tokens, answer.result()) for what, answer in zip(asked, answers, strict=True)])
