@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 
 from baton.common.clock import RealClock
 from baton.common.cluster import Members, WorkerStatus
 from baton.common.types import Role
+from baton.decode.role import DecodeRole
 from baton.worker.assembly import Worker
 from tests.poison import Poison
 from tests.toy import LAYERS, ToyEngine, worker_config
@@ -22,6 +24,16 @@ class Crash(BaseException):
 def _run(worker: Worker, stop: threading.Event) -> None:
     with contextlib.suppress(Crash):
         worker.loop.run(stop)
+
+
+def hold(worker: Worker, decoding: threading.Event) -> Worker:
+    """Its decode role takes requests in and lets them go, but plans no token before `decoding` is set: what shall be
+    together comes together, however slow the machine."""
+    for role in worker.loop.roles:
+        if isinstance(role, DecodeRole):
+            plan = partial(lambda plan, *step: plan(*step) if decoding.is_set() else None, role.plan)
+            role.plan = plan  # type: ignore[method-assign]
+    return worker
 
 
 class House:

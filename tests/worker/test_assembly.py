@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from baton.common.messages import Cancel, Endpoint, Failed, Hello, Ping, Reserve
 from baton.common.types import FinishReason, Request, Role, WorkerInfo, WorkerRef
 from baton.protos.rpc import Peer
 from baton.worker.assembly import Worker
-from tests.house import House
+from tests.house import House, hold
 from tests.toy import LAYERS, ToyEngine, endpoint, oracle, request
 
 DEADLINE_S = 10.0
@@ -264,10 +265,13 @@ async def test_dead_target_is_told(house: House) -> None:
 async def test_preempted_in_mid_decode(house: House) -> None:
     prefill = await house.worker("prefill-0", Role.PREFILL)
     decode = await house.worker("decode-0", Role.DECODE, ToyEngine(num_blocks=40))
+    hold(decode, decoding := threading.Event())
     up, down = await connect(prefill), await connect(decode)
     prompts = {t: [t, *PROMPT] for t in range(4)}
     for ticket, prompt in prompts.items():
         await submit(up, ticket, request(str(ticket), prompt, 100), decode.ref)
+    await down.until(lambda: sum(len(down.tokens(t)) for t in prompts) >= 2)  # in the end two want 62 blocks
+    decoding.set()
     await down.until(lambda: all(down.finish(t) for t in prompts))
     for ticket, prompt in prompts.items():
         assert down.tokens(ticket) == oracle(prompt, 100)

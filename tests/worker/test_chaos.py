@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from baton.common.types import Role
 from baton.kvtransfer.transport import Taker
 from baton.kvtransfer.wire import FrameHeader
 from baton.router.service import Router
-from tests.house import Crash, House
+from tests.house import Crash, House, hold
 from tests.toy import ToyEngine, oracle, request
 from tests.worker.asking import ask, ready
 
@@ -55,10 +56,15 @@ async def test_quiet(house: House, router: Router) -> None:
 async def test_pools_too_small_for_all(house: House, router: Router) -> None:
     """Refusals, waiting and preemptions, and everybody is served."""
     await house.worker("prefill-0", Role.PREFILL, ToyEngine(num_blocks=24))
-    await house.worker("decode-0", Role.DECODE, slowly(ToyEngine(num_blocks=40), 0.005), max_sending=3)
+    decode = await house.worker("decode-0", Role.DECODE, slowly(ToyEngine(num_blocks=40), 0.005), max_sending=3)
+    hold(decode, decoding := threading.Event())
     await ready(router)
-    await check(router, range(24), 60)
-    assert (await house.workers["decode-0"].check()).preemptions > 0
+    async with asyncio.TaskGroup() as group:
+        group.create_task(check(router, range(24), 60))
+        while decode.loop.load().running < 3:  # in the end these want 48 blocks
+            await asyncio.sleep(0.01)
+        decoding.set()
+    assert (await decode.check()).preemptions > 0
     await house.balanced()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from baton.common.config import RouterConfig
 from baton.common.types import Role
 from baton.router.service import Router
-from tests.house import House
+from tests.house import House, hold
 from tests.toy import BLOCK_SIZE, ToyEngine, oracle, request
 from tests.worker.asking import ask, ready
 
@@ -39,9 +40,9 @@ async def drained(house: House, name: str) -> None:
 
 @pytest.mark.parametrize(("transport", "late"), [("shm", True), ("tcp", False)])
 async def test_a_drain_takes_its_requests_along(house: House, router: Router, transport: str, late: bool) -> None:
-    prefill = await house.worker("prefill-0", Role.PREFILL)
+    prefill, decoding = await house.worker("prefill-0", Role.PREFILL), threading.Event()
     for name in ("decode-0", "decode-1"):
-        await house.worker(name, Role.DECODE, slow(seconds=0.02, late=late), transport=transport)
+        hold(await house.worker(name, Role.DECODE, slow(seconds=0.02, late=late), transport=transport), decoding)
     await ready(router, 3)
     seeds, length = range(24), 140
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
@@ -50,6 +51,7 @@ async def test_a_drain_takes_its_requests_along(house: House, router: Router, tr
         while prefill.load().handovers < len(seeds) or not all(state.handover_done for state in router._streams):
             await asyncio.sleep(0.01)
         assert all(w.loop.load().running > 2 for n, w in house.workers.items() if n != "prefill-0")
+        decoding.set()
         router._core.set_draining((), {"decode-0"})
         await drained(house, "decode-0")
         assert not any(a.done() for a in answers), "it emptied because the requests ended"

@@ -8,7 +8,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from baton.common.clock import RealClock
 from baton.common.cluster import Members, WorkerStatus
 from baton.common.config import EngineConfig, HandoverConfig, RouterConfig, WorkerConfig
 from baton.common.types import Request, Role, SamplingParams
-from baton.decode.role import DecodeRole
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from baton.worker.compute import build
 from tests.e2e.reference import Judge, Tokens
+from tests.house import hold
 from tests.poison import Poison
 from tests.tiny import make_checkpoint
 
@@ -78,14 +77,6 @@ async def running(
         await worker.stop()
         await asyncio.to_thread(thread.join, 5.0)
         poison.check()
-
-
-def hold(worker: Worker, decoding: threading.Event) -> None:
-    """Its decode role takes requests in and lets them go, but plans no token before `decoding` is set."""
-    for role in worker.loop.roles:
-        if isinstance(role, DecodeRole):
-            plan = partial(lambda plan, *step: plan(*step) if decoding.is_set() else None, role.plan)
-            role.plan = plan  # type: ignore[method-assign]
 
 
 async def members(workers: list[Worker]) -> AsyncIterator[Members]:
