@@ -194,7 +194,7 @@ def come_late(count: int = 8) -> None:
     pair._Meeting.get = slow  # type: ignore[method-assign]
     ends = [socket.socketpair() for _ in range(count)]
     with ThreadPoolExecutor(2 * count) as pool:
-        late = [pool.submit(make, target, False, 30.0) for _, target in ends]
+        late = [pool.submit(make, target, False, 8.0) for _, target in ends]
         early = [pool.submit(make, source, True, 0.5) for source, _ in ends]
         errors: list[Any] = [making.result() for making in early]  # each holds what its frames do
         given_up.set()
