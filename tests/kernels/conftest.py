@@ -1,4 +1,5 @@
-"""Triton's interpreter cuts off digits where a GPU rounds to the nearest number: here torch rounds for it."""
+"""Triton's interpreter, for these tests: it cuts off digits where a GPU rounds to the nearest number, so torch rounds for
+it; and it need not make itself ready again for each function that a kernel calls."""
 
 from __future__ import annotations
 
@@ -28,5 +29,23 @@ def faithful_conversions() -> None:
     interpreter._convert_float = convert
 
 
+def patched_once() -> None:
+    """The interpreter replaces what `triton.language` holds for the time of a call, by looking through all of it. Within
+    a kernel that has happened: a function that it calls finds nothing to replace, and leaves nothing to restore."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_lang(function: Any) -> Any:
+        seen = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if all(lang.static_print is print for lang in seen):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    interpreter._patch_lang = patch_lang
+
+
 if importlib.util.find_spec("triton"):
     faithful_conversions()
+    patched_once()
