@@ -4,8 +4,7 @@
 # speed of the KV handover.
 #
 # For an image with torch 2.11, triton 3.6 and Python 3.12, and nothing of ours installed. What it lacks can be carried:
-# pip install --target DIR --only-binary=:all: --python-version 3.12 msgspec, with the image's version of Python, and
-# PYTHONPATH=DIR there. It ends at once, with code 2, and names what is missing.
+# pip install --no-deps --target DIR cattrs, which is all Python, and PYTHONPATH=DIR there. It ends at once, with code 2, and names what is missing.
 #
 # Each part has a hard limit and writes what it has found as it goes, so that a part which is cut leaves results. They
 # go to $OUT, or to bench/results/: *.json and gpu_check.log. The exit code is 0 only if everything ran and was

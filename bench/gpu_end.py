@@ -8,6 +8,7 @@ input does.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import subprocess
@@ -15,12 +16,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
 
 from ..common.clock import RealClock
 from ..common.config import HandoverConfig
 from ..common.errors import HandoverFailed, WorkerLost
+from ..common.json_form import from_json, from_plain, to_json
 from ..common.kv_format import KvFormat
 from ..common.messages import Endpoint, Filled, Spoiled, TransportBroken
 from ..common.types import WorkerRef
@@ -137,14 +138,14 @@ class RemoteSource:
     def _ask(self, line: object) -> Any:
         assert self._child.stdin is not None and self._child.stdout is not None
         try:
-            self._child.stdin.write(msgspec.json.encode(line) + b"\n")
+            self._child.stdin.write(to_json(line) + b"\n")
             self._child.stdin.flush()
         except BrokenPipeError as error:
             raise WorkerLost("the source has ended") from error
         answer = self._child.stdout.readline()
         if not answer:
             raise WorkerLost("the source has ended")
-        return msgspec.json.decode(answer)
+        return json.loads(answer)
 
     def close(self) -> None:
         self._child.kill()  # it has nothing to finish
@@ -153,15 +154,15 @@ class RemoteSource:
 
 def main() -> None:
     lines = sys.stdin.buffer
-    source = Source(*msgspec.json.decode(lines.readline(), type=tuple[KvFormat, int, str]))
+    source = Source(*from_json(lines.readline(), tuple[KvFormat, int, str]))
     _answer(None)
     for line in lines:
-        name, *arguments = msgspec.json.decode(line)
-        _answer(getattr(source, name)(*msgspec.convert(tuple(arguments), _TYPES[name])))
+        name, *arguments = json.loads(line)
+        _answer(getattr(source, name)(*from_plain(tuple(arguments), _TYPES[name])))
 
 
 def _answer(value: object) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+    sys.stdout.buffer.write(to_json(value) + b"\n")
     sys.stdout.buffer.flush()
 
 

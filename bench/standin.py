@@ -14,6 +14,7 @@ The key of a request is its first two prompt tokens: "17-4".
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import sys
@@ -22,9 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from ..common.errors import NotReady
+from ..common.json_form import to_json
 from ..common.messages import (
     Cancel,
     CheckReport,
@@ -153,7 +153,7 @@ async def main() -> None:
     """Serve until standard input ends."""
     lines = asyncio.StreamReader(limit=1 << 24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    setup = msgspec.json.decode(await lines.readline())
+    setup = json.loads(await lines.readline())
     standin = Standin(setup["words"], setup["vocab_size"], WorkerRef(NAME, "", 0))
     server = make_server(setup["token"], worker_handlers(standin))
     address = listen(server, "127.0.0.1", 0)
@@ -161,7 +161,7 @@ async def main() -> None:
     await server.start()
     _say({"address": address, "epoch": standin.ref.epoch, "pid": os.getpid()})
     while line := await lines.readline():
-        match msgspec.json.decode(line):
+        match json.loads(line):
             case {"step_s": step_s}:
                 standin.step_s = step_s
                 _say({"step_s": step_s})
@@ -172,7 +172,7 @@ async def main() -> None:
 
 
 def _say(message: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+    sys.stdout.buffer.write(to_json(message) + b"\n")
     sys.stdout.flush()
 
 

@@ -1,20 +1,14 @@
 """One frozen configuration for each kind of process, resolved before anything is built.
 
-The launcher writes a process's configuration as one JSON line to its standard input; `to_json` and `from_json` are
-the two ends. Memory is in bytes, time in seconds.
+The launcher writes a process's configuration as one JSON line to its standard input (`json_form.py`). Memory is in
+bytes, time in seconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-import msgspec
-
-from .errors import InvalidRequest
 from .types import Role
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,16 +181,3 @@ def split_threads(total: int, users: int) -> list[int]:
     other in spin loops.
     """
     return [max(1, total // users + (index < total % users)) for index in range(users)]
-
-
-def to_json(config: object) -> bytes:
-    """One line of JSON of a configuration, or of a value that holds one."""
-    return msgspec.json.encode(config)
-
-
-def from_json(data: bytes, kind: type[T]) -> T:
-    """Raises `InvalidRequest` naming the field that is wrong."""
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"configuration: {error}") from error

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ..common import log
 from ..common.child import EXIT_CONFIG, EXIT_FAILED, die_with, read_line, show_as
-from ..common.config import ControllerConfig, GatewayConfig, WorkerConfig, from_json
+from ..common.config import ControllerConfig, GatewayConfig, WorkerConfig
 from ..common.errors import BatonError
+from ..common.json_form import from_json, from_plain
 from .launch.launcher import Envelope
 from .models import ImportJob
 
@@ -45,19 +46,19 @@ def _run(envelope: Envelope) -> None:
 
             from ..gateway.main import run as run_gateway
 
-            uvloop.run(run_gateway(from_json(bytes(envelope.config), GatewayConfig)))
+            uvloop.run(run_gateway(from_plain(envelope.config, GatewayConfig)))
         case "worker":
             from ..worker.main import run as run_worker
 
-            asyncio.run(run_worker(from_json(bytes(envelope.config), WorkerConfig)))
+            asyncio.run(run_worker(from_plain(envelope.config, WorkerConfig)))
         case "controller":
             from .control.main import run as run_controller
 
-            asyncio.run(run_controller(from_json(bytes(envelope.config), ControllerConfig)))
+            asyncio.run(run_controller(from_plain(envelope.config, ControllerConfig)))
         case "import":
             from ..engine.gguf import import_gguf
 
-            job = from_json(bytes(envelope.config), ImportJob)
+            job = from_plain(envelope.config, ImportJob)
             import_gguf(Path(job.source), Path(job.target), job.dtype)
         case kind:
             raise BatonError(f"no such kind of process: {kind}")

@@ -90,6 +90,13 @@ def test_the_worker_process_loads_no_web_framework() -> None:
     assert not loaded & {"fastapi", "starlette", "pydantic", "uvicorn"}
 
 
+def test_what_runs_on_a_gpu_needs_little_beside_torch() -> None:
+    """The GPU check runs where only packages that are all Python can be added."""
+    loaded = loaded_by("baton.worker.main", "baton.bench.engine.pair", "baton.bench.gpu_kvtransfer")
+    assert "cattrs" in loaded
+    assert not loaded & {"msgspec", "fastapi", "pydantic", "uvicorn", "ray", "typer", "httpx", "uvloop"}
+
+
 @pytest.mark.parametrize("module", ["pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"])
 def test_nothing_unpickles(module: str) -> None:
     assert [str(path) for path in sources(*ROOMS) if module in {m.partition(".")[0] for m in imports(path)}] == []

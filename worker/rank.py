@@ -14,8 +14,8 @@ from typing import Any
 
 from ..common import log
 from ..common.child import EXIT_FAILED, die_with, read_line, show_as
-from ..common.config import from_json
 from ..common.errors import BatonError, WorkerLost
+from ..common.json_form import from_json
 from ..engine.batch import Batch
 from ..engine.follower import MEET, PROGRESS, READY, Follower
 from ..engine.group import RankGroup

@@ -9,7 +9,8 @@ import sys
 import threading
 from dataclasses import dataclass
 
-from ..common.config import WorkerConfig, split_threads, to_json
+from ..common.config import WorkerConfig, split_threads
+from ..common.json_form import to_json
 from ..engine.follower import GROUP_TIMEOUT_S, Followers
 
 END_TIMEOUT_S = 5.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import sys
 import threading
@@ -19,7 +20,6 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from rich.table import Table
@@ -27,6 +27,7 @@ from rich.table import Table
 from ...common.clock import RealClock
 from ...common.config import EngineConfig, WorkerConfig
 from ...common.errors import NotReady
+from ...common.json_form import to_json
 from ...common.messages import Submit
 from ...common.types import Role
 from ...engine.mailbox import FromRouter, RouterJoined
@@ -153,7 +154,7 @@ class Asking:
     async def said(self) -> dict[str, Any]:
         """What it saw, once all that the worker has told so far has come there, and the end of its streams."""
         self.hears.write(b"%d\n" % self.worker.loop.last_load.output_tokens)
-        return dict(msgspec.json.decode(await self._line()))
+        return dict(json.loads(await self._line()))
 
     async def _line(self) -> bytes:
         async with asyncio.timeout(TIMEOUT_S):
@@ -178,7 +179,7 @@ async def asking(
         "name": worker.ref.name, "address": worker.ref.address, "epoch": worker.ref.epoch, "token": TOKEN,
         "streams": streams, "prompt": prompt, "output": output, "vocab": vocab, "temperature": temperature,
     }  # fmt: skip
-    child.stdin.write(msgspec.json.encode(setup) + b"\n")
+    child.stdin.write(to_json(setup) + b"\n")
     try:
         yield Asking(worker, child.stdout, child.stdin)
         child.stdin.close()

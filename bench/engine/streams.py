@@ -10,17 +10,17 @@ standard input.
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import msgspec
-
 from ...common.cluster import Members, WorkerState, WorkerStatus
 from ...common.config import RouterConfig
 from ...common.errors import NotReady
+from ...common.json_form import to_json
 from ...common.types import Request, SamplingParams
 from ...router.service import RequestStream, Router
 from ..quantiles import Quantiles
@@ -76,7 +76,7 @@ async def main() -> None:
     """Be asked, and say what came."""
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    setup: dict[str, Any] = msgspec.json.decode(await lines.readline())
+    setup: dict[str, Any] = json.loads(await lines.readline())
     router = Router("bench", RouterConfig(max_requests=4096), setup["token"])
     await router.start(_members(setup["name"], setup["address"], setup["epoch"]))
     await _until(lambda: router.ready()[0] == "ready", "no worker")
@@ -92,7 +92,7 @@ async def main() -> None:
         taker.cancel()
     await asyncio.gather(*takers, return_exceptions=True)
     said = {"tokens": seen.tokens, "seconds": time.perf_counter() - begin, "gap": asdict(Quantiles.of(seen.gaps))}
-    _say(msgspec.json.encode(said))
+    _say(to_json(said))
     await router.close()
 
 

@@ -16,7 +16,8 @@ from ...common import log
 from ...common.child import die_with, read_line
 from ...common.clock import RealClock
 from ...common.cluster import WorkerState, WorkerStatus
-from ...common.config import WorkerConfig, from_json
+from ...common.config import WorkerConfig
+from ...common.json_form import from_json, from_plain
 from ...common.kv_format import KvFormat
 from ...deploy.launch.launcher import Envelope
 from ...engine.model_config import ModelConfig
@@ -87,7 +88,7 @@ def main(fingerprint: str) -> None:
     envelope = from_json(read_line(), Envelope)
     log.setup(envelope.name)
     die_with(envelope.parent)
-    asyncio.run(run(from_json(bytes(envelope.config), WorkerConfig), fingerprint))
+    asyncio.run(run(from_plain(envelope.config, WorkerConfig), fingerprint))
 
 
 if __name__ == "__main__":

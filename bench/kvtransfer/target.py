@@ -6,6 +6,7 @@ the commands.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,11 +14,10 @@ import sys
 import time
 from typing import Any
 
-import msgspec
-
 from ...common import sockets
 from ...common.child import die_with
 from ...common.errors import WorkerLost
+from ...common.json_form import from_json, from_plain, to_json
 from ...common.kv_format import KvFormat
 from ...common.messages import Endpoint
 from ...kvtransfer.shm import PeerMemory
@@ -107,17 +107,17 @@ class Remote:
         self.answer()
 
     def tell(self, *command: object) -> None:
-        sockets.send(self._socket, msgspec.json.encode(command))
+        sockets.send(self._socket, to_json(command))
 
     def answer(self) -> Any:
-        return msgspec.json.decode(sockets.receive(self._socket, _MESSAGE))
+        return json.loads(sockets.receive(self._socket, _MESSAGE))
 
     def ask(self, *command: object) -> Any:
         self.tell(*command)
         return self.answer()
 
     def endpoint(self, checked: bool) -> Endpoint:
-        return msgspec.convert(self.ask("endpoint", checked), Endpoint)
+        return from_plain(self.ask("endpoint", checked), Endpoint)
 
     def close(self) -> None:
         self._socket.close()
@@ -132,14 +132,14 @@ class Remote:
 def main(descriptor: int, parent: int) -> None:
     die_with(parent)
     connection = socket.socket(fileno=descriptor)
-    format, num_blocks = msgspec.json.decode(sockets.receive(connection, _MESSAGE), type=tuple[KvFormat, int])
+    format, num_blocks = from_json(sockets.receive(connection, _MESSAGE), tuple[KvFormat, int])
     with on_core(1):
         target = Target(Events(), format, num_blocks)
         sockets.send(connection, b"null")
         try:
             while True:
-                name, *arguments = msgspec.json.decode(sockets.receive(connection, _MESSAGE))
-                sockets.send(connection, msgspec.json.encode(getattr(target, name)(*arguments)))
+                name, *arguments = json.loads(sockets.receive(connection, _MESSAGE))
+                sockets.send(connection, to_json(getattr(target, name)(*arguments)))
         except WorkerLost:  # the source is through
             target.close()
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 import httpx
-import msgspec
 import typer
 
 from ...common.cluster import LogLines, Trace
 from ...common.errors import BatonError, InvalidRequest
+from ...common.json_form import from_json
 from ..control.status import ClusterStatus
 from ..launch import runfile
 from .exits import NoCluster, Refused
@@ -128,8 +128,8 @@ class AdminClient:
         if not answer.is_success:
             raise _refusal(answer)
         try:
-            return msgspec.json.decode(answer.content, type=kind)
-        except msgspec.MsgspecError as error:
+            return from_json(answer.content, kind)
+        except InvalidRequest as error:
             raise BatonError(f"{self.place.url} answers what this version of baton cannot read: {error}") from error
 
 
@@ -150,7 +150,7 @@ class _ErrorBody:
 
 def _refusal(answer: httpx.Response) -> BatonError:
     try:
-        message = msgspec.json.decode(answer.content, type=_ErrorBody).error.message
-    except msgspec.MsgspecError:
+        message = from_json(answer.content, _ErrorBody).error.message
+    except InvalidRequest:
         return BatonError(f"{answer.url} answered {answer.status_code} {answer.reason_phrase}")
     return BatonError(message) if answer.status_code == 500 else Refused(message)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
-import msgspec
 import typer
 
+from ...common.json_form import to_plain
 from ..control.status import ClusterStatus
 from . import tables
 from .client import AdminClient, AdminUrl, ClusterName, find
@@ -35,7 +36,7 @@ def status(
     with AdminClient(find(cluster, admin)) as client:
         found = client.status()
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(as_dict(found)), indent=2).decode())
+        print(json.dumps(as_dict(found), indent=2))
     elif why:
         tables.console().print(tables.why(found.why))
     else:
@@ -44,7 +45,7 @@ def status(
 
 def as_dict(found: ClusterStatus) -> dict[str, Any]:
     """The status in plain types, with `kv_used` and `hit_rate` of each worker."""
-    plain: dict[str, Any] = msgspec.to_builtins(found)
+    plain: dict[str, Any] = to_plain(found)
     for worker, row in zip(found.workers, plain["workers"], strict=True):
         row |= {"kv_used": round(worker.kv_used, 4), "hit_rate": round(worker.hit_rate, 4)}
     return plain

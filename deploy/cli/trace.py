@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import Annotated
 
-import msgspec
 import typer
 
+from ...common.json_form import to_plain
 from .client import AdminClient, AdminUrl, ClusterName, find
 from .picture import picture
 
@@ -30,6 +31,6 @@ def trace(
     with AdminClient(find(cluster, admin)) as client:
         found = client.trace(request_id)
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        print(json.dumps(to_plain(found), indent=2))
     else:
         print(picture(found, min(shutil.get_terminal_size().columns, MAX_WIDTH)))

@@ -7,34 +7,38 @@ import hmac
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import msgspec
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 
 from ...common.cluster import LogQuestion
-from ...common.config import to_json
 from ...common.errors import BatonError, InvalidRequest, Unauthorized
+from ...common.json_form import to_json
 from .controller import Controller
 from .metrics import Numbers
 
-T = TypeVar("T")
+B = TypeVar("B", bound="_Body")
 
 MAX_BODY = 1 << 20
 
 
-class ScaleBody(msgspec.Struct, forbid_unknown_fields=True):
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ScaleBody(_Body):
     pools: dict[str, int]
 
 
-class DrainBody(msgspec.Struct, forbid_unknown_fields=True):
+class DrainBody(_Body):
     worker: str
     now: bool = False
 
 
-class RolloutBody(msgspec.Struct, forbid_unknown_fields=True):
+class RolloutBody(_Body):
     model: str | None = None
     set: dict[str, Any] = {}
 
@@ -120,16 +124,18 @@ def _guard(token: str) -> Callable[[Request], None]:
     return check
 
 
-async def _body(request: Request, kind: type[T]) -> T:
+async def _body(request: Request, kind: type[B]) -> B:
     data = b""
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY:
             raise InvalidRequest(f"the body is larger than {MAX_BODY} bytes")
     try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
-        raise InvalidRequest(f"the body: {error}") from error
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidRequest(f"the body: {where}: {first['msg']}" if where else f"the body: {first['msg']}") from error
 
 
 def _error(error: BatonError, status: int) -> Response:

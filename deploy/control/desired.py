@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ...common.cluster import Launch
-from ...common.config import GatewayConfig, WorkerConfig, from_json, to_json
+from ...common.config import GatewayConfig, WorkerConfig
 from ...common.errors import Conflict, InvalidRequest
+from ...common.json_form import from_json, to_json
 from ...common.types import Role
 from ..launch.launcher import Config, Resources, kind_of
 from .planner import AutoscaleConfig

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from ...common.clock import Clock
 from ...common.cluster import End, Launch, LogLines, LogQuestion, Phase, Processes, ProcessStatus
-from ...common.config import from_json
 from ...common.errors import Conflict, InvalidRequest, NotReady
+from ...common.json_form import from_json
 from .launcher import KINDS, Launcher, Process, Resources, Spec
 from .logs import LogTails
 from .supervisor import RestartPolicy, Supervisor

@@ -15,11 +15,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import msgspec
-
-from ...common.config import ControllerConfig, GatewayConfig, WorkerConfig, to_json
+from ...common.config import ControllerConfig, GatewayConfig, WorkerConfig
+from ...common.json_form import to_json, to_plain
 from ..models import ImportJob
 from .gpus import Gpus, installed
 
@@ -77,7 +76,7 @@ class Envelope:
     name: str
     kind: str
     parent: int
-    config: msgspec.Raw
+    config: dict[str, Any]
 
 
 class Process(Protocol):
@@ -122,8 +121,7 @@ def kind_of(config: Config) -> str:
 
 def to_line(spec: Spec) -> bytes:
     """The line that `spec` becomes on a child's standard input."""
-    config = msgspec.Raw(to_json(spec.config))
-    return to_json(Envelope(spec.name, kind_of(spec.config), os.getpid(), config)) + b"\n"
+    return to_json(Envelope(spec.name, kind_of(spec.config), os.getpid(), to_plain(spec.config))) + b"\n"
 
 
 @dataclass(frozen=True, slots=True)

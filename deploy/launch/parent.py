@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 
 from ...common.child import show_as
 from ...common.clock import Clock, RealClock
 from ...common.config import ControllerConfig, GatewayConfig
 from ...common.errors import BatonError, InvalidRequest
+from ...common.json_form import from_json
 from ...protos.control import parent_handlers
 from ...protos.rpc import listen, make_server
 from .. import models
@@ -167,7 +167,7 @@ class Parent:
         """What the controller says, as `baton status` asks it; None while it does not."""
         try:
             answer = await client.get(f"{self._plan.admin.url}/v1/status")
-            return msgspec.json.decode(answer.content, type=ClusterStatus) if answer.is_success else None
+            return from_json(answer.content, ClusterStatus) if answer.is_success else None
         except httpx.HTTPError:
             return None
 

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 from collections import deque
 
-from ...common.config import WorkerConfig, from_json
+from ...common.config import WorkerConfig
+from ...common.json_form import from_json
 from .launcher import LocalLauncher, LocalProcess, Spec
 
 FOLLOW_S = 5.0

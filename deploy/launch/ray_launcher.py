@@ -28,8 +28,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...common.clock import Clock, RealClock
-from ...common.config import WorkerConfig, to_json
+from ...common.config import WorkerConfig
 from ...common.errors import BatonError
+from ...common.json_form import to_json
 from .launcher import Spec
 from .ray_actor import WorkerHost
 from .ray_placement import Node, Place, choose, complaint, needs, survey

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ...common.config import from_json, to_json
 from ...common.errors import BatonError, InvalidRequest
+from ...common.json_form import from_json, to_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from baton.common.config import to_json
+from baton.common.json_form import to_json
 from baton.common.messages import Load
 from baton.deploy.control.status import ClusterStatus, Decision, Event, GatewayRow, PoolRow, TrafficRow, WorkerRow
 from baton.deploy.launch.runfile import RunFile
@@ -112,7 +110,7 @@ def serving() -> Iterator[FakeAdmin]:
 
         def _reply(self, call: str, body: Any) -> None:
             status, answer = fake.answer(call, body, self.headers.get("Authorization", ""))
-            data = answer if isinstance(answer, bytes) else msgspec.json.encode(answer)
+            data = answer if isinstance(answer, bytes) else to_json(answer)
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

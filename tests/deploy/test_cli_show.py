@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from baton.common.cluster import LogLines, Span, Trace
+from baton.common.json_form import from_json, from_plain
 from baton.deploy import cli
 from baton.deploy.cli import logs, tables
 from baton.deploy.cli.picture import picture
@@ -85,7 +85,7 @@ def test_status_as_json_has_all_there_is(admin: FakeAdmin, capsys: pytest.Captur
     assert (found["workers"][0]["kv_used"], found["workers"][0]["hit_rate"]) == (0.25, 0.4)
     for worker in found["workers"]:
         del worker["kv_used"], worker["hit_rate"]
-    assert msgspec.convert(found, ClusterStatus) == STATUS
+    assert from_plain(found, ClusterStatus) == STATUS
 
 
 def test_status_why_is_what_the_planner_said(admin: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +250,6 @@ def test_trace_asks_for_a_request(admin: FakeAdmin, capsys: pytest.CaptureFixtur
     assert cli.run(["trace", "slowest"]) == 0
     assert "longest: decode" in capsys.readouterr().out
     assert cli.run(["trace", "slowest", "--json"]) == 0
-    assert msgspec.json.decode(capsys.readouterr().out, type=Trace) == TRACE
+    assert from_json(capsys.readouterr().out.encode(), Trace) == TRACE
     admin.refuse("GET /v1/trace/x%3Fy", 404, "no gateway knows x?y")
     assert cli.run(["trace", "x?y"]) == 4

@@ -18,8 +18,9 @@ from baton.common.cluster import (
     TraceQuestion,
     Traffic,
 )
-from baton.common.config import WorkerConfig, from_json
+from baton.common.config import WorkerConfig
 from baton.common.errors import InvalidRequest, NotReady, WorkerLost
+from baton.common.json_form import from_json
 from baton.common.messages import Turn
 from baton.common.types import Role
 from baton.deploy.control import turns

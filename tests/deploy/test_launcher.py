@@ -26,7 +26,7 @@ GATEWAY = Spec("gateway", GatewayConfig(model="m", model_name="n"))
 CHILD = """
 import os, sys, time
 from baton.common.child import die_with, read_line
-from baton.common.config import from_json
+from baton.common.json_form import from_json
 from baton.deploy.launch.launcher import Envelope
 {before}
 die_with(from_json(read_line(), Envelope).parent)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.common.cluster import End, Launch, Phase, ProcessStatus, WorkerState, WorkerStatus
-from baton.common.config import WorkerConfig, from_json
+from baton.common.config import WorkerConfig
 from baton.common.errors import BatonError
+from baton.common.json_form import from_json
 from baton.common.messages import Load
 from baton.common.types import Role
 from baton.deploy.control import rollout

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from baton.common.config import from_json
+from baton.common.json_form import from_json
 from baton.deploy.launch.runfile import RunFile
 
 COMMAND = str(Path(sys.executable).parent / "baton")

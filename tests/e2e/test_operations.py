@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
+from baton.common.json_form import from_json
 from baton.deploy import models
 from baton.deploy.control.status import ClusterStatus
 from tests.e2e.cluster import Answer, Cluster, connected, running
@@ -96,7 +96,7 @@ class Operator:
     http: httpx.AsyncClient
 
     async def status(self) -> ClusterStatus:
-        return msgspec.json.decode((await self.http.get("/v1/status")).content, type=ClusterStatus)
+        return from_json((await self.http.get("/v1/status")).content, ClusterStatus)
 
     async def one_of(self, pool: str) -> str:
         """A worker of this pool, whatever it is called: it may have been turned."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from baton.common.cluster import Members, WorkerStatus
-from baton.common.config import EngineConfig, HandoverConfig, RouterConfig, WorkerConfig, to_json
+from baton.common.config import EngineConfig, HandoverConfig, RouterConfig, WorkerConfig
+from baton.common.json_form import to_json
 from baton.common.types import Request, Role, SamplingParams
 from baton.router.service import Router
 

@@ -13,7 +13,8 @@ import threading
 
 from baton.common.child import read_line
 from baton.common.clock import RealClock
-from baton.common.config import WorkerConfig, from_json
+from baton.common.config import WorkerConfig
+from baton.common.json_form import from_json
 from baton.worker.assembly import Worker
 from baton.worker.compute import build
 

@@ -27,7 +27,8 @@ ADDRESS = "127.0.0.1:6379"
 CHILD = """
 import os, sys, time
 from baton.common.child import die_with, read_line
-from baton.common.config import WorkerConfig, from_json
+from baton.common.config import WorkerConfig
+from baton.common.json_form import from_json
 from baton.deploy.launch.launcher import Envelope
 envelope = from_json(read_line(), Envelope)
 die_with(envelope.parent)

@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from baton.common.config import EngineConfig, WorkerConfig, to_json
+from baton.common.config import EngineConfig, WorkerConfig
 from baton.common.errors import EngineBroken
+from baton.common.json_form import to_json
 from baton.common.types import Role
 from baton.engine.follower import READY
 from baton.engine.plan import Slice, StepPlan
@@ -42,7 +43,8 @@ time.sleep(60)
 
 LOADING = """
 import asyncio, sys
-from baton.common.config import WorkerConfig, from_json
+from baton.common.config import WorkerConfig
+from baton.common.json_form import from_json
 from baton.worker.main import run
 asyncio.run(run(from_json(sys.stdin.buffer.readline(), WorkerConfig)))
 """
