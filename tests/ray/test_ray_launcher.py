@@ -28,11 +28,11 @@ CHILD = """
 import os, sys, time
 from baton.common.child import die_with, read_line
 from baton.common.config import WorkerConfig
-from baton.common.json_form import from_json
+from baton.common.json_form import from_json, from_plain
 from baton.deploy.launch.launcher import Envelope
 envelope = from_json(read_line(), Envelope)
 die_with(envelope.parent)
-config = from_json(bytes(envelope.config), WorkerConfig)
+config = from_plain(envelope.config, WorkerConfig)
 print("I am", config.name, "at", config.host, os.environ["OMP_NUM_THREADS"], os.nice(0), flush=True)
 if config.model_name == "flood":
     print(*("line %d" % i for i in range(20_000)), sep="\\n")
