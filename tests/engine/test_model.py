@@ -78,7 +78,7 @@ def reference(path: Path) -> Any:
 
 
 def check(model: Any, tokens: Listing[int], prompt_len: int) -> None:
-    """Each token after the prompt is the one that the reference would choose after those before it. Fails where a choice
+    """Each token after the prompt is the one that the reference would choose after those before it. Fails where one
     is so close that rounding may decide it."""
     with torch.no_grad():
         best = model(torch.tensor([tokens])).logits[0, prompt_len - 1 : -1].topk(2)
