@@ -1,5 +1,5 @@
-"""Triton's interpreter, for these tests: it cuts off digits where a GPU rounds to the nearest number, so torch rounds for
-it; and it need not make itself ready again for each function that a kernel calls."""
+"""Triton's interpreter, for these tests. It cuts off digits where a GPU rounds to the nearest number: here torch rounds
+for it. And it need not make itself ready again for each function that a kernel calls."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def faithful_conversions() -> None:
 
 
 def patched_once() -> None:
-    """The interpreter replaces what `triton.language` holds for the time of a call, by looking through all of it. Within
-    a kernel that has happened: a function that it calls finds nothing to replace, and leaves nothing to restore."""
+    """The interpreter replaces what `triton.language` holds for the time of a call, by looking through all of it. In a
+    kernel that has happened: a function that it calls finds nothing to replace, and leaves nothing to restore."""
     import triton.language as tl
     from triton.runtime import interpreter
 
