@@ -204,7 +204,7 @@ def kvtransfer(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, or 'demo': for real workers.")] = "demo",
     parts: Annotated[str, typer.Option(help="Which: speed (and checksums), hiding, stall.")] = "speed,hiding,stall",
     tokens: Annotated[str, typer.Option(help="Speed: tokens that are handed over.")] = "1024,4096,32768",
-    rounds: Annotated[str, typer.Option(help="Speed: rounds at each of these sizes.")] = "15,9,3",
+    rounds: Annotated[str, typer.Option(help="Speed: rounds at each of these sizes.")] = "16,10,4",
     transports: Annotated[str, typer.Option(help="Speed: only these; empty: all that are here.")] = "",
     prompt: Annotated[int, typer.Option(min=1, help="Hiding: tokens of a prompt.")] = 4096,
     windows: Annotated[int, typer.Option(min=1, help="Stall: windows of each kind, 2.5 s long.")] = 20,

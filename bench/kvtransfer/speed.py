@@ -2,7 +2,9 @@
 
 Source and target are two processes with a whole pool each; blocks lie scattered in both. Every round measures the
 limit, the transport, and the transport without checksums, one after the other, because a machine's bandwidth varies by
-the minute while their ratios stay. Times run from the first offer to the moment at which the target has everything.
+the minute while their ratios stay; and every other round in the reverse order, so that a bandwidth that falls or rises
+meanwhile is for one side of a ratio as often as for the other. Times run from the first offer to the moment at which
+the target has everything.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from .end import End, Events, layer_hash, make_pool, on_core, scattered
 from .target import KEY_NAME, Remote
 
 Note = Callable[[str], None]
+
+AT_A_TIME = {"shm": 4}
+"""Rounds for one of the others, where so many take less time than that one, and where what is told apart is less than
+the time of one handover varies by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +131,18 @@ class Pair:
             case _:
                 return self._bare_gloo(warm=False, under_way=1)
 
-    def beside(self, medium: str) -> dict[str, float]:
-        """Seconds of as many bytes over a bare medium in other ways. `warm`: from one small buffer into another, which
-        stay in the caches, as no pool does. `two`: the limit again, with two messages under way at a time."""
+    def beside(self, medium: str) -> dict[str, Callable[[], float]]:
+        """Each gives the seconds of as many bytes over a bare medium in another way. `warm`: from one small buffer into
+        another, which stay in the caches, as no pool does. `two`: the limit again, with two messages under way."""
         match medium:
             case "memcpy":
                 return {}
             case "socket":
-                return {"warm": self._plain_stream(warm=True)}
+                return {"warm": lambda: self._plain_stream(warm=True)}
             case _:
                 return {
-                    "warm": self._bare_gloo(warm=True, under_way=1),
-                    "two": self._bare_gloo(warm=False, under_way=2),
+                    "warm": lambda: self._bare_gloo(warm=True, under_way=1),
+                    "two": lambda: self._bare_gloo(warm=False, under_way=2),
                 }
 
     def _plain_stream(self, warm: bool) -> float:
@@ -192,16 +198,30 @@ def measure(format: KvFormat, tokens: int, rounds: int, note: Note, only: Collec
     with pair(format, tokens) as both:
         names = [name for name in both.transports if name in only]
         speeds = [Speed(name, raw.LIMITS[name], tokens, both.size, [], [], [], {}) for name in names]
-        for turn in range(rounds + 1):
+        for speed in speeds:
+            _round(both, speed, back=False)  # for warming up; its times are not kept
+        for turn in range(rounds):
             for speed in speeds:
-                note(f"{speed.transport}, {tokens} tokens, round {turn} of {rounds}")
-                limit, beside = both.limit(speed.medium), both.beside(speed.medium)
-                handover = both.handover(speed.transport, True)
-                unchecked = both.handover(speed.transport, False)
-                if turn:  # the first was for warming up
-                    speed.limit.append(limit)
-                    for way, seconds in beside.items():
-                        speed.beside.setdefault(way, []).append(seconds)
-                    speed.handover.append(handover)
-                    speed.unchecked.append(unchecked)
+                note(f"{speed.transport}, {tokens} tokens, round {turn + 1} of {rounds}")
+                for i in range(AT_A_TIME.get(speed.transport, 1)):
+                    _add(speed, _round(both, speed, back=(turn + i) % 2 == 1))
         return speeds
+
+
+def _round(both: Pair, speed: Speed, back: bool) -> dict[str, float]:
+    """Seconds of each way, one after the other or, `back`, the other way round."""
+    ways: dict[str, Callable[[], float]] = {
+        "limit": lambda: both.limit(speed.medium),
+        **both.beside(speed.medium),
+        "handover": lambda: both.handover(speed.transport, True),
+        "unchecked": lambda: both.handover(speed.transport, False),
+    }
+    return {name: ways[name]() for name in (reversed(ways) if back else ways)}
+
+
+def _add(speed: Speed, seconds: dict[str, float]) -> None:
+    speed.limit.append(seconds.pop("limit"))
+    speed.handover.append(seconds.pop("handover"))
+    speed.unchecked.append(seconds.pop("unchecked"))
+    for way, took in seconds.items():
+        speed.beside.setdefault(way, []).append(took)

@@ -36,7 +36,7 @@ class Plan:
     model: Path
     parts: Collection[str] = PARTS
     format: KvFormat = LLAMA_8B
-    sizes: tuple[tuple[int, int], ...] = ((1024, 15), (4096, 9), (32768, 3))
+    sizes: tuple[tuple[int, int], ...] = ((1024, 16), (4096, 10), (32768, 4))
     transports: tuple[str, ...] = TRANSPORTS
     prompt: int = 4096
     prompts: int = 3

@@ -115,7 +115,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     document = json.loads((tmp_path / "kv.json").read_text())
     measured = document["results"]["speed"]
     assert [(s["transport"], s["tokens"], len(s["handover"])) for s in measured] == [
-        ("shm", 16, 2), ("tcp", 16, 2), ("shm", 32, 1), ("tcp", 32, 1),
+        ("shm", 16, 8), ("tcp", 16, 2), ("shm", 32, 4), ("tcp", 32, 1),
     ]  # fmt: skip
     assert all(s["share"] > 0 for s in measured) and document["results"]["stall"] == []
     assert [list(s["other_shares"]) for s in measured] == [[], ["warm"], [], ["warm"]]
