@@ -29,6 +29,8 @@ class BlockHasher:
     def __init__(self, block_size: int, key: bytes = b"") -> None:
         self.block_size = block_size
         self._key = key
+        self._block = hashlib.blake2b(key=key, digest_size=HASH_BYTES, person=b"baton-block")
+        """Copied for each block: so the key is mixed in once."""
 
     def root(self, tenant: str) -> BlockHash:
         """Where a tenant's chains begin."""
@@ -36,8 +38,9 @@ class BlockHasher:
 
     def child(self, parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
         """Hash of the block that holds `tokens` and follows `parent`."""
-        data = parent + array("I", tokens).tobytes()
-        return hashlib.blake2b(data, key=self._key, digest_size=HASH_BYTES, person=b"baton-block").digest()
+        block = self._block.copy()
+        block.update(parent + array("I", tokens).tobytes())
+        return block.digest()
 
     def chain(self, tokens: Sequence[int], tenant: str) -> list[BlockHash]:
         """Hashes of all full blocks of `tokens`; a last partial block has none."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from ..common.errors import BatonError, DeadlineExceeded, PoolFull, StaleAttempt
 from ..common.messages import Cancel, Move, Purpose, TokenOut, TransportBroken
 from ..common.types import WorkerRef
+from ..engine.cohort import Cohort
 from ..engine.mailbox import FromRouter, FromTarget, InboxItem, RouterGone, TargetGone
 from ..engine.plan import Results, StepPlan
 from ..engine.role import Context
@@ -42,6 +43,8 @@ class DecodeRole:
         self._planner = ContinuousBatching(context.table)
         self._moves = Moves(context, self._planner, outlet, self._remove, self._fail)
         self._decoding: dict[SequenceKey, Sequence] = {}
+        self._cohort = Cohort.of([])
+        """Who drew in the step that was collected last."""
         self._soonest = math.inf
         """No deadline of theirs is before this."""
 
@@ -132,15 +135,16 @@ class DecodeRole:
         if len(tokens) < len(sequences):  # a chunk of a recompute draws nothing
             rows = [row for row, token in enumerate(results.tokens) if token is not None]
             sequences, results = [sequences[row] for row in rows], results.pick(rows)
-        reasons = [sequence.accept(token) for sequence, token in zip(sequences, tokens, strict=True)]
-        self._context.outbox.last_tokens(sequences, tokens, results.logprobs)
+        if sequences is not self._cohort.sequences:
+            self._cohort = Cohort.of(sequences)
+        positions, ended = self._cohort.accept(tokens)
+        self._context.outbox.tokens(self._cohort, positions, tokens, results.logprobs)
         self._context.stats.output_tokens += len(tokens)
         self._moves.drew(sequences, results)
-        for sequence, reason in zip(sequences, reasons, strict=True):
-            if reason is not None:
-                self._context.outbox.finished(sequence.key, reason)
-                self._moves.interrupt(sequence, "finished", "the request ended before it had moved")
-                self._remove(sequence)
+        for sequence, reason in ended:
+            self._context.outbox.finished(sequence.key, reason)
+            self._moves.interrupt(sequence, "finished", "the request ended before it had moved")
+            self._remove(sequence)
 
     def failed(self, sequence: Sequence, error: BatonError) -> None:
         self._fail(sequence, error)

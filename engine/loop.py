@@ -59,11 +59,11 @@ class _Step:
         """The shares, without those that are gone: sequences, and their places in the step's results."""
         plan, gone = self.plan, self.flight.gone
         for role, decodes, slices in self.shares:
+            sequences = plan.decodes if decodes else []  # one planner fills them
             rows: Listing[int] = decodes
-            sequences = plan.decodes[decodes.start : decodes.stop]
             if slices:
-                sequences += [plan.slices[i].sequence for i in slices]
-                rows = [*decodes, *(len(plan.decodes) + i for i in slices)]
+                sequences = [*sequences, *[plan.slices[i].sequence for i in slices]]
+                rows = [*decodes, *[len(plan.decodes) + i for i in slices]]
             if gone:
                 rows = [row for row, sequence in zip(rows, sequences, strict=True) if sequence not in gone]
                 sequences = [sequence for sequence in sequences if sequence not in gone]

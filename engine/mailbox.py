@@ -36,7 +36,8 @@ from ..common.messages import (
     TransportBroken,
 )
 from ..common.types import FinishReason, TokenLogprob, WorkerRef
-from .sequence import Sequence, SequenceKey
+from .cohort import Cohort
+from .sequence import SequenceKey
 
 if TYPE_CHECKING:
     from .role import Role
@@ -208,20 +209,16 @@ class Outbox:
         router, ticket = key
         self._reports[router].tokens.add(ticket, position, token, logprob)
 
-    def last_tokens(
-        self, sequences: Listing[Sequence], tokens: list[int], logprobs: Mapping[int, TokenLogprob]
+    def tokens(
+        self, cohort: Cohort, positions: list[int], tokens: list[int], logprobs: Mapping[int, TokenLogprob]
     ) -> None:
-        """Tell of each of these sequences its last token; `logprobs` by index. Column by column, and not one after the
-        other: there may be hundreds in each step."""
-        keys = [sequence.key for sequence in sequences]
-        tickets = [ticket for _, ticket in keys]
-        positions = [len(sequence.tokens) - 1 for sequence in sequences]
-        for router in dict.fromkeys(router for router, _ in keys):  # in their order: a simulation is to be repeatable
-            mine = [name == router for name, _ in keys]
-            rows = compress(range(len(keys)), mine) if logprobs else ()
+        """Tell of each of these sequences one token; `logprobs` by index."""
+        for router, readers in cohort.routers.items():
+            mine = readers.rows
+            rows = compress(range(len(mine)), mine) if logprobs else ()
             asked = {index: logprobs[row] for index, row in enumerate(rows) if row in logprobs}
             report = self._reports[router].tokens
-            report.extend(compress(tickets, mine), compress(positions, mine), compress(tokens, mine), asked)
+            report.extend(readers.tickets, compress(positions, mine), compress(tokens, mine), asked)
 
     def started(self, key: SequenceKey, cached_tokens: int) -> None:
         self._reports[key[0]].started.append(Started(key[1], cached_tokens))

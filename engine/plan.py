@@ -38,7 +38,9 @@ class StepPlan:
     budget   tokens that may still be added
     slices   chunks of prompts, and of what is computed again
     decodes  sequences that get their next token. They are most of what a worker does, so they are columns: no object is
-             made for each of 256 requests
+             made for each of 256 requests. From step to step this is the same list for as long as it holds the same
+             sequences (`repeat`): whoever derives something from it may keep that with it. One planner fills it, and
+             nobody changes it once the step is planned
     starts   for each of `decodes`, the position of its last token: KV of that one is computed, and the next one drawn
     ahead    another step is under way, and what it draws is not known: nobody may be preempted
     short    set by a planner that would have to preempt: what is under way must end first
@@ -59,6 +61,12 @@ class StepPlan:
         self.decodes.append(sequence)
         self.starts.append(sequence.launched)
         self.budget -= 1
+
+    def repeat(self, decodes: list[Sequence], starts: list[int]) -> None:
+        """The decodes of an earlier step, each at this position now."""
+        assert not self.decodes
+        self.decodes, self.starts = decodes, starts
+        self.budget -= len(decodes)
 
     def add(self, sequence: Sequence, count: int) -> None:
         """The next `count` tokens of a sequence that no launched step computes, or as many as fit."""

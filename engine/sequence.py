@@ -21,7 +21,8 @@ SequenceKey = tuple[str, int]
 class Sequence:
     """Tokens, and how far their KV is computed.
 
-    tokens        prompt and output so far, as far as they are known; KV exists for tokens[:computed]
+    tokens        prompt and output so far, as far as they are known; KV exists for tokens[:computed]. Always the same
+                  list, and only ever added to
     prompt_len    boundary between prompt and output (an earlier attempt's output lies beyond it)
     blocks        ids of the KV blocks that hold positions [i * block_size, (i + 1) * block_size); an array of int32, so
                   that a step's block table is one join of bytes
@@ -68,10 +69,15 @@ class Sequence:
 
     def accept(self, token: int) -> FinishReason | None:
         """Append a token; say why the request ends with it, None if it goes on."""
+        self.tokens.append(token)
+        return self.ended
+
+    @property
+    def ended(self) -> FinishReason | None:
+        """Why the request ends with the last of its tokens; None: it goes on."""
         tokens = self.tokens
-        tokens.append(token)
         length = len(tokens)
-        if token in self.ends and length >= self.ends_from:
+        if tokens[-1] in self.ends and length >= self.ends_from:
             return FinishReason.STOP
         return FinishReason.LENGTH if length >= self.limit else None
 

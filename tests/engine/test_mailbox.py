@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 from baton.common.messages import TokenOut
 from baton.common.types import TokenLogprob
+from baton.engine.cohort import Cohort
 from baton.engine.mailbox import Outbox
 from baton.engine.sequence import Sequence
 from tests.toy import request
@@ -17,7 +18,7 @@ def test_each_router_hears_its_own_tokens_with_what_belongs_to_them() -> None:
     owners = [Sequence((router, n), request("r", range(n + 5), 9), 1, 0.0, 9.0) for n, router in enumerate("abba")]
     asked = {1: TokenLogprob(-1.0), 3: TokenLogprob(-3.0)}
     outbox.token(("a", 9), 7, 70, TokenLogprob(-9.0))
-    outbox.last_tokens(owners, [50, 51, 52, 53], asked)
+    outbox.tokens(Cohort.of(owners), [4, 5, 6, 7], [50, 51, 52, 53], asked)
     mail = outbox.flush(Mock())
     assert mail is not None and not outbox
     assert list(mail.reports["a"].tokens) == [
@@ -31,6 +32,6 @@ def test_reports_are_in_the_order_of_who_was_told_first() -> None:
     outbox, names = Outbox(), list("hgfedcba")
     outbox.routers.update(names)
     owners = [Sequence((router, 1), request("r", range(5), 9), 1, 0.0, 9.0) for router in names]
-    outbox.last_tokens(owners, [7] * len(owners), {})
+    outbox.tokens(Cohort.of(owners), [4] * len(owners), [7] * len(owners), {})
     mail = outbox.flush(Mock())
     assert mail is not None and list(mail.reports) == names
