@@ -143,6 +143,8 @@ class Moves:
 
     def tick(self, now: float) -> None:
         """Offer what has filled up, and commit what has caught up."""
+        if not self._drawn:
+            return
         for outgoing in self._sender.overdue(now):
             self._give_up(outgoing, HandoverFailed(f"no answer from {outgoing.target.name} in time"))
         for outgoing in self._sender.all():

@@ -261,14 +261,20 @@ class EngineLoop:
     def load(self) -> Load:
         """How busy this worker is now."""
         manager, stats = self.context.table.manager, self.context.stats
+        waiting = running = queued = reserved = 0
+        for role in self.roles:
+            waiting += role.waiting
+            running += role.running
+            queued += role.queued_tokens
+            reserved += role.reserved_blocks
         return Load(
-            waiting=sum(role.waiting for role in self.roles),
-            running=sum(role.running for role in self.roles),
-            queued_prefill_tokens=sum(role.queued_tokens for role in self.roles),
+            waiting=waiting,
+            running=running,
+            queued_prefill_tokens=queued,
             total_blocks=manager.num_blocks,
             free_blocks=manager.free,
             cached_blocks=manager.cached,
-            reserved_blocks=sum(role.reserved_blocks for role in self.roles),
+            reserved_blocks=reserved,
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_step_s=stats.decode_step_s,
             decode_batch=stats.decode_batch,

@@ -152,6 +152,8 @@ class PrefillRole:
 
     def tick(self, now: float) -> None:
         """Deadlines, answers that are overdue, and handovers that are due to be opened."""
+        if not self._sequences:
+            return
         for sequence in [s for s in self._sequences.values() if now >= s.deadline]:
             self._fail(sequence, DeadlineExceeded("the deadline passed before the first token"))
         for outgoing in self._sender.overdue(now):
