@@ -189,7 +189,7 @@ def host(
     console = Console()
     load_before = _warn_if_busy(console)
     with console.status("") as status:
-        found = asyncio.run(measuring.run(steps, status.update))
+        found = uvloop.run(measuring.run(steps, status.update))  # as a worker's process does
     console.print(*measuring.tables(found))
     for bar, held in measuring.bars(found).items():
         console.print(f"{'reached' if held else 'MISSED'}: {bar}")

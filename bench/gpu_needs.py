@@ -16,6 +16,7 @@ NEEDED = {
     "msgpack": "msgpack",
     "xxhash": "xxhash",
     "grpc": "grpcio",
+    "uvloop": "uvloop",
     "google.protobuf": "protobuf",
     "yaml": "pyyaml",
     "triton": "triton",
