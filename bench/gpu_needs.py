@@ -16,7 +16,6 @@ NEEDED = {
     "msgpack": "msgpack",
     "xxhash": "xxhash",
     "grpc": "grpcio",
-    "uvloop": "uvloop",
     "google.protobuf": "protobuf",
     "yaml": "pyyaml",
     "triton": "triton",

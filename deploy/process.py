@@ -11,9 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-import uvloop
-
-from ..common import log
+from ..common import events, log
 from ..common.child import EXIT_CONFIG, EXIT_FAILED, die_with, read_line, show_as
 from ..common.config import ControllerConfig, GatewayConfig, WorkerConfig
 from ..common.errors import BatonError
@@ -42,18 +40,17 @@ def main() -> int:
 
 
 def _run(envelope: Envelope) -> None:
-    """Gateways and workers run on uvloop. What it saves the one in time on the way of each token, it saves the other in
-    waiting: asyncio lets go of the interpreter's lock to wake its loop, so that the engine's thread, which only wanted
-    to hand its tokens over, gets it back when they have been encoded and sent."""
     match envelope.kind:
         case "gateway":
+            import uvloop
+
             from ..gateway.main import run as run_gateway
 
             uvloop.run(run_gateway(from_plain(envelope.config, GatewayConfig)))
         case "worker":
             from ..worker.main import run as run_worker
 
-            uvloop.run(run_worker(from_plain(envelope.config, WorkerConfig)))
+            events.run(run_worker(from_plain(envelope.config, WorkerConfig)))
         case "controller":
             from .control.main import run as run_controller
 

@@ -14,11 +14,10 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import uvloop
-
 from ...common.clock import RealClock
 from ...common.config import EngineConfig, WorkerConfig
 from ...common.errors import NotReady
+from ...common.events import new_event_loop
 from ...common.types import Role
 from ...engine.runner import Engine
 from ...worker.assembly import Worker
@@ -58,7 +57,7 @@ class ServedLoop:
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
-        self._events = uvloop.new_event_loop()
+        self._events = new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, name="events", daemon=True)
         self._thread.start()
 
