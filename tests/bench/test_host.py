@@ -49,7 +49,7 @@ async def test_a_worker_is_measured(overlap: bool, serve: bool) -> None:
     assert set(host.PARTS) <= set(window.parts)
     assert (found.served is not None) == serve
     if found.served is not None:
-        assert found.served["tokens"] >= 3 * (host.SKIP + 20)
+        assert found.served["tokens"] >= 3 * (host.SKIP + 20 - 2)  # two steps may be under way
     (line,) = host.document([found])
     assert line["python_s"]["mean"] == pytest.approx((window.seconds - window.parts["device"]) / 20)
     assert 0.0 < window.python.p50 <= window.python.p99
