@@ -15,8 +15,9 @@ FLAGS = ("--max-batch-tokens", "64", "--kv-memory", "128MiB")
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("config", ["prefill_engine: {block_size: 32}", "decode_engine: {block_size: 48}"])
-async def test_block_sizes_need_not_match(judge: Judge, tmp_path: Path, config: str) -> None:
+async def test_block_sizes_need_not_match(judge: Judge, tmp_path: Path) -> None:
+    """Neither is a multiple of the other; `tests/worker/test_block_sizes.py` has the other cases."""
+    config = "prefill_engine: {block_size: 32}\ndecode_engine: {block_size: 48}"
     with running(tmp_path, *FLAGS, config=config) as serve:
         async with connected(serve) as cluster:
             check(judge, EVERY_KIND, await cluster.ask_all(EVERY_KIND))
