@@ -38,16 +38,14 @@ STOP_S = 1.0
 """How long the threads of lanes may take to end: one that is in a library's code when the interpreter goes takes the
 process along with it."""
 
-STAGED_BYTES = {"tcp": 2 << 20, "shm": 4 << 20}
-"""Bytes of a frame at most, by transports whose frames should still lie in a cache when they are read for the second
-time: by tcp each end copies them twice, by shared memory the target copies what the source has hashed. By process
-groups a message costs more than that gains."""
+STAGED_BYTES = {"tcp": 2 << 20}
+"""Bytes of a frame at most, by transports that copy it twice at each end: the second copy should find it in a cache. By
+process groups a message costs more than that gains."""
 
-FETCHED_AHEAD = {"shm": 3}
+FETCHED_AHEAD = {"shm": 2}
 """Frames in flight at most, by transports whose target copies what the source has only hashed. The hash is what brings
 the bytes into the cache that both ends share; a source that is further ahead drives them out again before they are
-copied, and then the hash costs a tenth of the transfer. With fewer frames it waits for credits, and it must not: who
-reads from memory takes longest, and that is the source."""
+copied, and then the hash costs a tenth of the transfer, where it costs nothing otherwise."""
 
 MakeGiver = Callable[[str, Endpoint, Route], Giver]
 """(transport, target, route) → a giver to that rank of it, connected. Called on the lane's thread. Raises
@@ -211,8 +209,8 @@ class _Lane:
         self._run_of = min(MAX_PIECES, max(1, frame // self._piece))
         self._queue: deque[_Share] = deque()
         self._under_way: deque[tuple[_Transfer, int]] = deque()
-        window = config.window_frames * max(1, config.frame_bytes // max(frame, self._piece))
-        self._window = min(window, FETCHED_AHEAD.get(transport, window))
+        ahead = min(config.window_frames, FETCHED_AHEAD.get(transport, config.window_frames))
+        self._window = ahead * max(1, config.frame_bytes // max(frame, self._piece))
         self._change = threading.Condition()
         self._giver: Giver | None = None
         self._stopped = False
