@@ -388,3 +388,11 @@ def pair(context: typer.Context) -> None:
     from .engine.pair import main
 
     raise typer.Exit(main(context.args))
+
+
+@app.command(context_settings=REST, add_help_option=False)
+def loading(context: typer.Context) -> None:
+    """How long a checkpoint of 16 GB takes to load, against reading the same files; --device cuda for a GPU."""
+    from .engine.loading import main
+
+    raise typer.Exit(main(context.args))
