@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 
 from ...common.errors import BatonError
 from ...engine.model_config import ModelConfig
-from ...engine.shard import Axis, shard
-from ...engine.weights import READERS, assemble, load_weights
+from ...engine.shard import shard
+from ...engine.weights import READERS, Part, assemble, load_weights
 from ...kernels.reference import TorchOps
 from ..record import write
 
@@ -70,9 +70,9 @@ def tensors(config: ModelConfig) -> dict[str, torch.Size]:
     """The names and sizes of all tensors, as the loader asks for them."""
     found: dict[str, torch.Size] = {}
 
-    def source(name: str, *axes: Axis) -> torch.Tensor:
-        found[name] = torch.Size(axis.size for axis in axes)
-        return torch.empty(found[name], dtype=torch.bfloat16, device="meta")
+    def source(parts: list[Part]) -> torch.Tensor:
+        found.update((part.name, torch.Size(axis.size for axis in part.axes)) for part in parts)
+        return torch.cat([torch.empty(found[part.name], dtype=torch.bfloat16, device="meta") for part in parts])
 
     assemble(shard(config), source, TorchOps(), 1)
     return found
@@ -86,7 +86,7 @@ def _cut(noise: torch.Tensor, size: torch.Size, random: np.random.Generator) -> 
     """So much of it, from anywhere, and from its front again where it ends."""
     count, start = _bytes(size), int(random.integers(0, len(noise) // 2)) * 2
     turns = -(-(start + count) // len(noise))
-    return torch.cat([noise] * turns)[start : start + count].view(torch.bfloat16).view(size)
+    return torch.cat([noise] * turns)[start : start + count].clone().view(torch.bfloat16).view(size)
 
 
 def forget(files: Sequence[Path]) -> None:

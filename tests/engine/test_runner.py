@@ -10,9 +10,10 @@ import torch
 
 from baton.common.config import EngineConfig
 from baton.common.errors import EngineFailure, InvalidRequest
+from baton.engine.checkpoint import weights_digest
 from baton.engine.plan import Slice, StepPlan
 from baton.engine.runner import Engine, build_engine
-from baton.engine.weights import load_weights, weights_digest
+from baton.engine.weights import load_weights
 from baton.kernels.reference import TorchOps
 
 from ..tiny import make_checkpoint
