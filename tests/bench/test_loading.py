@@ -35,7 +35,7 @@ def test_both_are_measured_and_written_down(model: Path, tmp_path: Path, capsys:
     assert loading.main([str(argument) for argument in arguments]) == 0
     assert capsys.readouterr().out.count("times as long") == 2
     found = json.loads((tmp_path / "out" / "loading.json").read_text())
-    assert all(one["read_s"] > 0 and one["load_s"] > 0 for one in found["results"])
+    assert all(min(one.values()) > 0 for one in found["results"])
     assert found["parameters"]["bytes"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -46,12 +46,13 @@ def test_a_model_of_an_unknown_kind_is_an_error(tmp_path: Path, capsys: pytest.C
     assert "baton bench loading: " in capsys.readouterr().err
 
 
-def test_all_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep", [True, False])
+def test_all_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
     (tmp_path / "a").write_bytes(bytes(10_000))
     (tmp_path / "b").write_bytes(bytes(100))
     monkeypatch.setattr(loading, "PIECE", 1024)
     seen: list[int] = []
     real = loading.os.preadv
     monkeypatch.setattr(loading.os, "preadv", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
-    loading.read([tmp_path / "a", tmp_path / "b"], 3)
+    loading.read([tmp_path / "a", tmp_path / "b"], 3, keep)
     assert sum(seen) == 10_100
