@@ -108,7 +108,8 @@ def read(files: Sequence[Path], readers: int, keep: bool) -> None:
         for path in files:
             with path.open("rb", buffering=0) as file:
                 for begin in range(first * PIECE, path.stat().st_size, readers * PIECE):
-                    os.preadv(file.fileno(), [kept[path][begin : begin + PIECE] if keep else buffer], begin)
+                    into = kept[path][begin : begin + PIECE] if keep else buffer
+                    os.preadv(file.fileno(), [into.data], begin)
 
     with ThreadPoolExecutor(readers) as pool:
         list(pool.map(pieces, range(readers)))
