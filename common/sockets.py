@@ -48,7 +48,7 @@ def connect(address: str, token: str, timeout_s: float = HANDSHAKE_S) -> socket.
     except (OSError, ValueError) as error:
         raise WorkerLost(f"{address} does not answer: {error}") from error
     try:
-        _tune(connection)
+        tune(connection)
         theirs, ours = _exactly(connection, _CHALLENGE), secrets.token_bytes(_CHALLENGE)
         send_all(connection, ours + _proof(token, b"client", theirs, ours))
         if not hmac.compare_digest(_exactly(connection, _PROOF), _proof(token, b"server", ours, theirs)):
@@ -114,7 +114,7 @@ class Listener:
 
     def _run(self, connection: socket.socket) -> None:
         try:
-            _tune(connection)
+            tune(connection)
             connection.settimeout(HANDSHAKE_S)
             ours = secrets.token_bytes(_CHALLENGE)
             send_all(connection, ours)
@@ -179,6 +179,23 @@ def receive_exactly(connection: socket.socket, target: memoryview) -> None:
                 connection.settimeout(timeout)
 
 
+def tune(connection: socket.socket) -> None:
+    """What each connection here has set: it sends at once, notices a host that vanished, and within one host leaves out
+    what only networks need.
+
+    BBR, the system's choice on many hosts, lets a timer release each packet. Where nothing is shared that could be
+    congested, this costs the sender a third of its speed, so there the kernel's simplest algorithm is used.
+    """
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):  # a host that vanished
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    with contextlib.suppress(OSError):  # hung up already: whoever sends or receives next is told
+        if hasattr(socket, "TCP_CONGESTION") and connection.getsockname()[0] == connection.getpeername()[0]:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+
+
 def limit_waits(connection: socket.socket, *, sending: float, receiving: float) -> None:
     """Have the system bound each wait on this socket, in seconds (0: not at all), instead of Python: it then waits once
     for all bytes of a call and not for whatever there is, and each wait costs a switch to another thread and back."""
@@ -239,11 +256,3 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 def _proof(token: str, side: bytes, *challenges: bytes) -> bytes:
     return hmac.digest(token.encode(), side + b"".join(challenges), "sha256")
-
-
-def _tune(connection: socket.socket) -> None:
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):  # a host that vanished
-        if hasattr(socket, option):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -15,7 +15,7 @@ from .stall import Stall, percentile
 from .suite import Results
 
 _STYLES = """dashed: the medium's limit, pool to pool; dotted: from one small buffer to another;
-dash-dotted: the limit with two messages under way"""
+dash-dotted: the limit with two messages under way, or by a tuned socket"""
 
 
 def draw(folder: Path, name: str, results: Results) -> list[Path]:
@@ -56,7 +56,7 @@ def _speed(speeds: Sequence[Speed]) -> Any:
         tokens = [s.tokens for s in those]
         left.plot(tokens, [s.gb_per_s for s in those], marker="o", label=name, color=colour)
         left.plot(tokens, [s.limit_gb_per_s for s in those], ls="--", lw=1, color=colour)
-        for way, style in (("warm", ":"), ("two", "-.")):
+        for way, style in (("warm", ":"), ("tuned", "-."), ("two", "-.")):
             if all(way in s.beside for s in those):
                 left.plot(tokens, [s.rate(s.beside[way]) for s in those], ls=style, lw=1, color=colour)
     left.set_xscale("log", base=2)

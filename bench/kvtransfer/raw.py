@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 from numpy.typing import NDArray
 
+from ...common import sockets
 from .end import HOST, TIMEOUT_S
 
 _c10d: Any = torch.distributed
@@ -55,22 +56,24 @@ def small(size: int) -> Bytes:
 
 
 class Receiver:
-    """The target's end of a plain stream."""
+    """The target's end of plain streams, numbered as they were accepted."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server((HOST, 0))
         self.port: int = self._listener.getsockname()[1]
+        self._connections: list[socket.socket] = []
 
     def accept(self) -> None:
         self._listener.settimeout(TIMEOUT_S)
-        self._connection, _ = self._listener.accept()
+        connection, _ = self._listener.accept()
+        self._connections.append(connection)
 
-    def receive(self, memory: Bytes, size: int) -> float:
-        """When the last byte was there. Fills `memory` from front to back, and then again."""
+    def receive(self, number: int, memory: Bytes, size: int) -> float:
+        """When the last byte was there that came on this connection. Fills `memory` from front to back, and again."""
         done = 0
         while done < size:
             at = done % memory.size
-            count = self._connection.recv_into(memory[at : at + CHUNK].data)
+            count = self._connections[number].recv_into(memory[at : at + CHUNK].data)
             if count == 0:
                 raise ConnectionError("the source hung up")
             done += count
@@ -78,12 +81,14 @@ class Receiver:
 
 
 class Sender:
-    """The source's end of it."""
+    """The source's end of it. `tuned`: the socket is set as a lane's is, and not left as the system has it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, tuned: bool) -> None:
         self._connection = socket.create_connection((HOST, port), TIMEOUT_S)
         self._connection.setblocking(True)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tuned:
+            sockets.tune(self._connection)
 
     def send(self, memory: Bytes, size: int) -> None:
         """`size` bytes: `memory` from front to back, and then again."""

@@ -87,7 +87,7 @@ class Pair:
         self._ends = {checked: End(KEY_NAME, format, self._pool, checked, events) for checked in (True, False)}
         self._targets = {checked: self._remote.endpoint(checked) for checked in (True, False)}
         self._cut = cut(scattered(self._num_blocks, seed=1), format.block_size, format.block_size, 0, self._num_blocks)
-        self._sender: raw.Sender | None = None
+        self._senders: list[raw.Sender] = []
         self._group: raw.Group | None = None
         self._count = 0
 
@@ -131,30 +131,32 @@ class Pair:
             case _:
                 return self._bare_gloo(warm=False, under_way=1)
 
-    def beside(self, medium: str) -> dict[str, Callable[[], float]]:
-        """Each gives the seconds of as many bytes over a bare medium in another way. `warm`: from one small buffer into
-        another, which stay in the caches, as no pool does. `two`: the limit again, with two messages under way."""
+    def beside(self, medium: str) -> dict[str, float]:
+        """Seconds of as many bytes over a bare medium in other ways. `warm`: from one small buffer into another, which
+        stay in the caches, as no pool does. `tuned`: the limit again, by a socket set as a lane's is. `two`: the limit
+        again, with two messages under way at a time."""
         match medium:
             case "memcpy":
                 return {}
             case "socket":
-                return {"warm": lambda: self._plain_stream(warm=True)}
+                return {"warm": self._plain_stream(warm=True), "tuned": self._plain_stream(warm=False, tuned=True)}
             case _:
                 return {
                     "warm": lambda: self._bare_gloo(warm=True, under_way=1),
                     "two": lambda: self._bare_gloo(warm=False, under_way=2),
                 }
 
-    def _plain_stream(self, warm: bool) -> float:
-        if self._sender is None:
+    def _plain_stream(self, warm: bool, tuned: bool = False) -> float:
+        if not self._senders:
             port = self._remote.ask("socket")
-            self._remote.tell("accept")
-            self._sender = raw.Sender(port)
-            self._remote.answer()
+            for setting in (False, True):
+                self._remote.tell("accept")
+                self._senders.append(raw.Sender(port, setting))
+                self._remote.answer()
         memory = raw.small(raw.CHUNK) if warm else self._pool.memory
-        self._remote.tell("receive", self.size, warm)
+        self._remote.tell("receive", int(tuned), self.size, warm)
         begin = time.monotonic()
-        self._sender.send(memory, self.size)
+        self._senders[tuned].send(memory, self.size)
         return float(self._remote.answer()) - begin
 
     def _bare_gloo(self, warm: bool, under_way: int) -> float:

@@ -75,8 +75,8 @@ class Target:
     def accept(self) -> None:
         self._receiver.accept()
 
-    def receive(self, size: int, warm: bool) -> float:
-        return self._receiver.receive(raw.small(raw.CHUNK) if warm else self._pool.memory, size)
+    def receive(self, number: int, size: int, warm: bool) -> float:
+        return self._receiver.receive(number, raw.small(raw.CHUNK) if warm else self._pool.memory, size)
 
     def group(self, port: int) -> None:
         self._group = raw.Group(1, port)

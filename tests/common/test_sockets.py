@@ -32,6 +32,22 @@ def test_messages_keep_their_borders(door: Listener) -> None:
             assert receive(peer, 1 << 20) == b"".join(parts)
 
 
+def congestion_control(connection: socket.socket) -> bytes:
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="only Linux lets a socket choose")
+@pytest.mark.parametrize(("host", "within"), [("127.0.0.1", True), ("127.0.0.2", False)])
+def test_congestion_is_controlled_as_the_system_has_it_but_within_a_host(host: str, within: bool) -> None:
+    """127.0.0.2 is reached from 127.0.0.1, as another host would be."""
+    listener = Listener(host, 0, "secret", echo, "echo")
+    try:
+        with connect(listener.address, "secret") as peer, socket.socket() as untouched:
+            assert congestion_control(peer) == (b"reno" if within else congestion_control(untouched))
+    finally:
+        listener.close()
+
+
 def test_wrong_token_is_refused_on_both_ends(door: Listener) -> None:
     with pytest.raises((Unauthorized, WorkerLost)):
         connect(door.address, "guess")
