@@ -44,11 +44,17 @@ def connect(address: str, token: str, timeout_s: float = HANDSHAKE_S) -> socket.
     answers, `Unauthorized` where the other end does not know the token."""
     host, _, port = address.rpartition(":")
     try:
-        connection = socket.create_connection((host, int(port)), timeout_s)
+        connection = unconnected(host)
+    except OSError as error:
+        raise WorkerLost(f"{address} cannot be reached: {error}") from error
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect((host, int(port)))
     except (OSError, ValueError) as error:
+        connection.close()
         raise WorkerLost(f"{address} does not answer: {error}") from error
     try:
-        tune(connection)
+        _tune(connection)
         theirs, ours = _exactly(connection, _CHALLENGE), secrets.token_bytes(_CHALLENGE)
         send_all(connection, ours + _proof(token, b"client", theirs, ours))
         if not hmac.compare_digest(_exactly(connection, _PROOF), _proof(token, b"server", ours, theirs)):
@@ -114,7 +120,7 @@ class Listener:
 
     def _run(self, connection: socket.socket) -> None:
         try:
-            tune(connection)
+            _tune(connection)
             connection.settimeout(HANDSHAKE_S)
             ours = secrets.token_bytes(_CHALLENGE)
             send_all(connection, ours)
@@ -179,21 +185,15 @@ def receive_exactly(connection: socket.socket, target: memoryview) -> None:
                 connection.settimeout(timeout)
 
 
-def tune(connection: socket.socket) -> None:
-    """What each connection here has set: it sends at once, notices a host that vanished, and within one host leaves out
-    what only networks need.
-
-    BBR, the system's choice on many hosts, lets a timer release each packet. Where nothing is shared that could be
-    congested, this costs the sender a third of its speed, so there the kernel's simplest algorithm is used.
-    """
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):  # a host that vanished
-        if hasattr(socket, option):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    with contextlib.suppress(OSError):  # hung up already: whoever sends or receives next is told
-        if hasattr(socket, "TCP_CONGESTION") and connection.getsockname()[0] == connection.getpeername()[0]:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+def unconnected(host: str) -> socket.socket:
+    """A socket to connect to `host` with. Within one host it does without BBR, which is the system's choice in many
+    places: a timer that releases packet after packet, though nothing is shared there that could be congested, costs a
+    sender a third of its speed. To be chosen before connecting: a socket that has been paced stays so. Raises
+    `OSError`."""
+    connection = socket.socket()
+    if hasattr(socket, "TCP_CONGESTION") and _is_here(host):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")  # the one that every kernel has
+    return connection
 
 
 def limit_waits(connection: socket.socket, *, sending: float, receiving: float) -> None:
@@ -256,3 +256,18 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 def _proof(token: str, side: bytes, *challenges: bytes) -> bytes:
     return hmac.digest(token.encode(), side + b"".join(challenges), "sha256")
+
+
+def _tune(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):  # a host that vanished
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _is_here(host: str) -> bool:
+    """Whether the way there begins where it ends. Asks the routing table; nothing is sent."""
+    with socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # any port
+        return bool(probe.getsockname()[0] == probe.getpeername()[0])

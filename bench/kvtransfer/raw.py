@@ -81,14 +81,14 @@ class Receiver:
 
 
 class Sender:
-    """The source's end of it. `tuned`: the socket is set as a lane's is, and not left as the system has it."""
+    """The source's end of it. `tuned`: by a socket as lanes have it, and not as the system does."""
 
     def __init__(self, port: int, tuned: bool) -> None:
-        self._connection = socket.create_connection((HOST, port), TIMEOUT_S)
+        self._connection = sockets.unconnected(HOST) if tuned else socket.socket()
+        self._connection.settimeout(TIMEOUT_S)
+        self._connection.connect((HOST, port))
         self._connection.setblocking(True)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tuned:
-            sockets.tune(self._connection)
 
     def send(self, memory: Bytes, size: int) -> None:
         """`size` bytes: `memory` from front to back, and then again."""

@@ -133,7 +133,7 @@ class Pair:
 
     def beside(self, medium: str) -> dict[str, float]:
         """Seconds of as many bytes over a bare medium in other ways. `warm`: from one small buffer into another, which
-        stay in the caches, as no pool does. `tuned`: the limit again, by a socket set as a lane's is. `two`: the limit
+        stay in the caches, as no pool does. `tuned`: the limit again, by a socket like a lane's. `two`: the limit
         again, with two messages under way at a time."""
         match medium:
             case "memcpy":
