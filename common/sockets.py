@@ -36,6 +36,9 @@ _CHALLENGE = 16
 _PROOF = 32
 _LENGTH = struct.Struct("<I")
 
+_UNREACHABLE = (OSError, ValueError, TypeError)
+"""What Python raises for a host that cannot be reached, or that can be none."""
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -50,7 +53,7 @@ def connect(address: str, token: str, timeout_s: float = HANDSHAKE_S) -> socket.
     try:
         connection.settimeout(timeout_s)
         connection.connect((host, int(port)))
-    except (OSError, ValueError) as error:
+    except (*_UNREACHABLE, OverflowError) as error:  # the latter: no such port
         connection.close()
         raise WorkerLost(f"{address} does not answer: {error}") from error
     try:
@@ -188,11 +191,12 @@ def receive_exactly(connection: socket.socket, target: memoryview) -> None:
 def unconnected(host: str) -> socket.socket:
     """A socket to connect to `host` with. Within one host it does without BBR, which is the system's choice in many
     places: a timer that releases packet after packet, though nothing is shared there that could be congested, costs a
-    sender a third of its speed. To be chosen before connecting: a socket that has been paced stays so. Raises
-    `OSError`."""
+    sender a third of its speed. To be chosen before connecting: a socket that has been paced stays so. Where the
+    system does not leave the choice, it is the system's. Raises `OSError` where there are no more sockets."""
     connection = socket.socket()
     if hasattr(socket, "TCP_CONGESTION") and _is_here(host):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")  # the one that every kernel has
+        with contextlib.suppress(OSError):  # an administrator may allow others only, a sandbox none
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")  # the one that every kernel has
     return connection
 
 
@@ -267,7 +271,11 @@ def _tune(connection: socket.socket) -> None:
 
 
 def _is_here(host: str) -> bool:
-    """Whether the way there begins where it ends. Asks the routing table; nothing is sent."""
-    with socket.socket(type=socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # any port
-        return bool(probe.getsockname()[0] == probe.getpeername()[0])
+    """Whether the way there begins where it ends. Asks the routing table; nothing is sent. False where there is no way:
+    who connects is told why."""
+    try:
+        with socket.socket(type=socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # any port
+            return bool(probe.getsockname()[0] == probe.getpeername()[0])
+    except _UNREACHABLE:
+        return False

@@ -48,6 +48,32 @@ def test_congestion_is_controlled_as_the_system_has_it_but_within_a_host(host: s
         listener.close()
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="only Linux lets a socket choose")
+def test_where_the_system_does_not_leave_the_choice_a_connection_is_made_all_the_same(
+    door: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Confined(socket.socket):
+        refused = 0
+
+        def setsockopt(self, level: int, option: int, *value: object) -> None:
+            if (level, option) == (socket.IPPROTO_TCP, socket.TCP_CONGESTION):
+                Confined.refused += 1
+                raise PermissionError(1, "Operation not permitted")
+            super().setsockopt(level, option, *value)
+
+    monkeypatch.setattr(socket, "socket", Confined)
+    with connect(door.address, "secret") as peer:
+        send(peer, b"hello")
+        assert receive(peer, 100) == b"hello"
+    assert Confined.refused == 1
+
+
+@pytest.mark.parametrize("address", ["a..b:1", "a\0b:1", "::1:1", "127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1"])
+def test_an_address_that_can_be_none_is_one_where_nobody_answers(address: str) -> None:
+    with pytest.raises(WorkerLost, match="does not answer"):
+        connect(address, "secret", 1.0)
+
+
 def test_wrong_token_is_refused_on_both_ends(door: Listener) -> None:
     with pytest.raises((Unauthorized, WorkerLost)):
         connect(door.address, "guess")
