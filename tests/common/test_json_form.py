@@ -66,16 +66,41 @@ def test_unknown_fields_are_passed_over_so_that_a_newer_end_may_say_more() -> No
         (b"{", "not JSON"),
         (b"\xff", "not JSON"),
         (b"{}", r"required field missing @ \$.role"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "invalid value"),
         (b'{"role":"chief"}', r"expected Role @ \$.role"),
         (b'{"role":"decode","inner":{"number":"much"}}', r"expected float @ \$.inner.number"),
         (b'{"role":"decode","counts":{"x":"many"}}', r"expected int @ \$.counts\['x'\]"),
         (b'{"role":"decode","pairs":[[1,"a"],["b","c"]]}', r"expected int @ \$.pairs\[1\]\[0\]"),
+        (b'{"role":"decode","counts":{"x":1.5}}', r"expected int @ \$.counts\['x'\]"),
+        (b'{"role":"decode","counts":{"x":true}}', r"expected int @ \$.counts\['x'\]"),
+        (b'{"role":"decode","inner":{"number":"1"}}', r"expected float @ \$.inner.number"),
+        (b'{"role":"decode","pairs":[[1,null]]}', r"expected str @ \$.pairs\[0\]\[1\]"),
         (b'{"role":"a","counts":{"x":"many"}}', r"\$.role; .* \$.counts"),
     ],
 )
 def test_what_is_wrong_is_named(data: bytes, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         from_json(data, Outer)
+
+
+@pytest.mark.parametrize("value", [[], ["lease_s"], "lease_s", 5, None])
+def test_what_is_no_object_does_not_pass_for_one_whose_fields_are_all_left_out(value: object) -> None:
+    for kind in (HandoverConfig, dict[str, Any]):
+        with pytest.raises(InvalidRequest):
+            from_plain(value, kind)
+    with pytest.raises(InvalidRequest, match=r"expected HandoverConfig @ \$.handover"):
+        from_plain({**to_plain(WORKER), "handover": value}, WorkerConfig)
+
+
+@pytest.mark.parametrize("written", ["false", 0, None])
+def test_only_true_and_false_are_either(written: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"expected bool @ \$.checksums"):
+        from_plain({"checksums": written}, HandoverConfig)
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert from_json(b'{"number":1}', Inner) == Inner(1.0)
 
 
 def test_what_json_has_no_number_for_is_refused() -> None:
