@@ -19,6 +19,8 @@ def checked(setting: Setting) -> Any:
         return _check(setting.path, setting.value)
     except InvalidRequest as error:
         raise InvalidRequest(f"{setting.origin}: {error.message}", param=setting.path) from error
+    except OverflowError as error:
+        raise InvalidRequest(f"{setting.origin}: the number is too large", param=setting.path) from error
 
 
 def _check(path: str, written: Any) -> Any:
@@ -50,6 +52,8 @@ def _check_range(rule: str, value: float) -> None:
     zero = rule in ZERO_ALLOWED
     if not value >= 0 or (value == 0 and not zero):  # a NaN is not >= 0
         raise InvalidRequest(f"{value} is out of range: it must be {'0 or more' if zero else 'above 0'}")
+    if value == float("inf"):
+        raise InvalidRequest("it must be a number that has an end")
     if rule.endswith("port") and value > 65535:
         raise InvalidRequest(f"{value} is not a port (0 to 65535)")
     if rule in SHARES and value > 1:

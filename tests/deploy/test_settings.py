@@ -78,6 +78,8 @@ def test_prefill_and_decode_engines_are_the_common_one_but_for_what_is_said_of_t
         ("port: true\n", ":1: port: True is not a whole number"),
         ("threads: -1\n", ":1: threads: -1 is out of range: it must be 0 or more"),
         ("router:\n  lease_s: .nan\n", ":2: router.lease_s: nan is out of range: it must be above 0"),
+        ("router:\n  lease_s: .inf\n", ":2: router.lease_s: it must be a number that has an end"),
+        (f"router:\n  lease_s: {10**400}\n", ":2: router.lease_s: the number is too large"),
         ("engine:\n  dtype: int3\n", ":2: engine.dtype: 'int3' is not one of auto, float32"),
         (
             "engine:\n  kv_dtype: int3\n",
