@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,29 @@ def test_bytes_cross_by_every_transport_and_arrive_as_they_were() -> None:
         assert [list(both.beside(medium)) for medium in ("memcpy", "socket", "gloo")] == [
             [], ["warm", "tuned"], ["warm", "two"],
         ]  # fmt: skip
+
+
+def test_every_other_round_is_measured_in_the_reverse_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a bandwidth that falls all the while is for one side of a ratio as often as for the other."""
+    clock = iter(range(1, 100))
+
+    class Slowing:
+        transports, size = ("shm",), 1
+
+        def limit(self, medium: str) -> float:
+            return float(next(clock))
+
+        def beside(self, medium: str) -> dict[str, Callable[[], float]]:
+            return {"way": lambda: float(next(clock))}
+
+        def handover(self, transport: str, checked: bool) -> float:
+            return float(next(clock))
+
+    monkeypatch.setattr(speed, "pair", lambda *_: contextlib.nullcontext(Slowing()))
+    (found,) = speed.measure(TINY, 1, 1, lambda _: None, ["shm"])
+    assert found.limit == [5, 12, 13, 20]  # the first four were for warming up
+    assert found.beside == {"way": [6, 11, 14, 19]}
+    assert found.handover == [7, 10, 15, 18] and found.unchecked == [8, 9, 16, 17]
 
 
 @pytest.mark.parametrize("medium", ["memcpy", "socket", "gloo"])
