@@ -13,7 +13,6 @@ import torch
 from ..kernels.ops import Rows
 from .plan import Slice, StepPlan
 from .sequence import Sequence
-from .tables import Tables
 
 _WIDE, _NARROW = 8, 4
 _ALIGNED = 16
@@ -101,15 +100,16 @@ class Batch:
     @classmethod
     def of(
         cls, plan: StepPlan, block_size: int, drawn: Mapping[Sequence, int], fill: int = 0, pinned: bool = False,
-        tables: Tables | None = None,
+        room: int = 0,
     ) -> Batch:  # fmt: skip
         """Decodes come first, then slices as in `row_order`. `drawn`: each sequence's row in the step before. `fill`:
         make it this many sequences by adding empty ones, of one row, no token and no block each: only for batches in
-        which all have one row. `tables` joins their tables; give it the same again. Built with a handful of array
-        operations, each of which costs as much as a dozen rows."""
+        which all have one row. `room`: blocks left free behind each table. Built with a handful of array operations,
+        each of which costs as much as a dozen rows."""
         slices = row_order(plan.slices)
         held = [owner.blocks for owner in plan.decodes] + [part.sequence.blocks for part in slices]
-        sizes, joined = (tables or Tables()).join(held)
+        free = bytes(room * _NARROW)
+        joined = free.join([*held, b""])
         tokens = _tokens(plan, slices, drawn)
         counts = [part.count for part in slices]
         rows, real, total = len(tokens), len(held), max(len(held), fill)
@@ -120,7 +120,7 @@ class Batch:
 
         to.starts[:] = np.arange(total + 1)
         to.table_starts[0] = 0
-        np.cumsum(sizes, out=to.table_starts[1 : real + 1])
+        np.cumsum([len(blocks) + room for blocks in held], out=to.table_starts[1 : real + 1])
         to.tables[:] = np.frombuffer(joined, np.int32)
         positions, begins = np.array(plan.starts + [part.start for part in slices]), to.table_starts[:real]
         np.add(positions, 1, out=to.lengths[:real], casting="same_kind")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .batch import Batch, Inputs, Layout, inputs
+from .batches import ROOM
 from .plan import StepPlan
 from .weights import Progress
 
@@ -52,7 +53,7 @@ class CudaCapture:
 class Graphs:
     """The graphs of one rank's model over its pool, for steps in which every sequence has one row and samples.
 
-    `drawn` [any] int64 is where the step before leaves its tokens. The logits [size, V] float32 that a step returns are
+    `drawn` [any] int64 is where the step before leaves its tokens. The logits [rows, V] float32 that a step returns are
     overwritten by the next one.
     """
 
@@ -64,9 +65,11 @@ class Graphs:
         self._sizes = sorted(sizes)
         most, format = self._sizes[-1], rank.pool.format
         self._most_blocks = most * -(-rank.longest // format.block_size)
-        size = Layout(most, most, most, self._most_blocks).size
-        self._data = torch.zeros(size, dtype=torch.uint8, device=rank.device)
-        self._logits = torch.zeros(most, rank.model_config.vocab_size, dtype=torch.float32, device=rank.device)
+        self._room = self._most_blocks + most * ROOM
+        size = Layout(most, most, most, self._room).size
+        self._data = self._fetched = torch.zeros(size, dtype=torch.uint8, device=rank.device)
+        logits = torch.zeros(most, rank.model_config.vocab_size, dtype=torch.float32, device=rank.device)
+        self._logits = [logits[:count] for count in range(most + 1)]
         self._replay: dict[int, Callable[[], None]] = {}
         for index, count in enumerate(reversed(self._sizes)):
             self._data.zero_()
@@ -76,7 +79,7 @@ class Graphs:
             rows.wanted.copy_(torch.arange(count))
 
             def work(rows: Inputs = rows, count: int = count) -> None:
-                rank.compute(rows, drawn, into=self._logits[:count])
+                rank.compute(rows, drawn, into=self._logits[count])
 
             work()
             self._replay[count] = capture(work)
@@ -93,12 +96,14 @@ class Graphs:
             return 0
         return self._sizes[bisect_left(self._sizes, count)]
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Logits [size, V] of a batch that was filled up to `size_for`."""
-        self._data[: len(batch.data)].copy_(batch.data, non_blocking=True)
+    def run(self, batch: Batch, rows: int) -> torch.Tensor:
+        """Logits [rows, V] of the first rows of a batch that was filled up to `size_for`."""
+        if len(self._fetched) != len(batch.data):
+            self._fetched = self._data[: len(batch.data)]
+        self._fetched.copy_(batch.data, non_blocking=True)
         self._replay[batch.layout.rows]()
-        return self._logits[: batch.layout.rows]
+        return self._logits[rows]
 
     def _inputs(self, count: int) -> Inputs:
-        layout = Layout(count, count, count, self._most_blocks)
+        layout = Layout(count, count, count, self._room)
         return inputs(layout, self._data, count, tuple(range(count + 1)), (0,) * count)

@@ -15,7 +15,7 @@ from ..common.errors import EngineBroken, EngineFailure, InvalidRequest
 from ..common.fingerprint import fingerprint
 from ..common.kv_format import KvFormat
 from .batch import Batch, row_order
-from .checkpoint import weights_digest
+from .batches import Batches
 from .follower import HERE, MEET, READY, Followers
 from .graphs import CudaCapture, Graphs, ladder
 from .group import RankGroup
@@ -27,8 +27,7 @@ from .rehearsal import rehearsals
 from .sampler import Drawn, Sampler
 from .sequence import Sequence
 from .shard import shard
-from .tables import Tables
-from .weights import Progress
+from .weights import Progress, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -58,35 +57,35 @@ class TorchRunner:
         self._followers = followers
         self._graphs = graphs
         self._sampler = Sampler(rank.model_config.eos_ids, rank.model_config.vocab_size, rank.device, rows)
-        self._drew: list[Sequence] = []  # in the step before: who drew, in the order of the rows of `drawn`
-        self._rows: dict[Sequence, int] = {}  # and these rows
-        self._tables = Tables()
-        self._pinned = rank.device.type == "cuda"
+        self._batches = Batches(rank.pool.format.block_size, pinned=rank.device.type == "cuda")
+        self._fill = 0  # the size of the graph that computes the step; 0: none does
+        self._owners: list[Sequence] = []  # who draws in it, in the order of the rows of `drawn`
+        self._rows: dict[Sequence, int] = {}  # these rows
+        self._out = drawn[:0]  # and they themselves
 
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
         `EngineBroken` where there are other ranks: after a failure they no longer stand at the same place."""
-        fill = self._graphs.size_for(plan) if self._graphs else 0
-        batch = Batch.of(plan, self._rank.pool.format.block_size, self._rows, fill, self._pinned, self._tables)
-        sampling = [part for part in row_order(plan.slices) if part.samples]
-        owners = plan.decodes + [part.sequence for part in sampling]
-        if owners != self._drew:
-            self._drew, self._rows = owners, {owner: row for row, owner in enumerate(owners)}
-        ends = [start + 1 for start in plan.starts] + [part.end for part in sampling]
+        batch, ends = self._batches.carry_on(plan), None
+        if batch is None:
+            batch, ends = self._begin(plan)
         if self._followers is not None:
             if batch.pending:  # other ranks have not seen what was drawn
                 batch.complete(self._drawn.tolist())
             self._followers.send(RUN, *batch.pack())
         try:
             with torch.inference_mode():
-                if self._graphs and fill:
-                    logits = self._graphs.run(batch)[: len(plan)]
+                if self._graphs and self._fill:
+                    logits = self._graphs.run(batch, len(self._owners))
                     self._all_layers(on_layer)
                 else:
                     logits = self._rank.forward(batch, self._drawn, on_layer)
-                drawn = self._sampler.sample(logits, owners, ends) if owners else Drawn.of(self._drawn[:0])
-                self._drawn[: len(owners)] = drawn.tokens
+                if ends is None:
+                    drawn = self._sampler.sample_on(logits, self._out)
+                else:
+                    drawn = self._sampler.sample(logits, self._owners, ends, self._out)
         except (RuntimeError, IndexError) as error:
+            self._batches.forget()
             why = f"step of {plan.tokens} tokens failed: {error}"
             if self._followers is None:
                 raise EngineFailure(why) from error
@@ -96,6 +95,17 @@ class TorchRunner:
             return _Step(drawn, range(len(plan)))
         rows = [self._rows[part.sequence] if part.samples else None for part in plan.slices]
         return _Step(drawn, [*range(len(plan.decodes)), *rows])
+
+    def _begin(self, plan: StepPlan) -> tuple[Batch, list[int]]:
+        """The batch of a step that does not go on from the one before, and where the tokens that it draws will be."""
+        self._fill = self._graphs.size_for(plan) if self._graphs else 0
+        batch = self._batches.make(plan, self._rows, self._fill)
+        sampling = [part for part in row_order(plan.slices) if part.samples]
+        owners = plan.decodes + [part.sequence for part in sampling]
+        if owners != self._owners:
+            self._owners, self._rows = owners, {owner: row for row, owner in enumerate(owners)}
+            self._out = self._drawn[: len(owners)]
+        return batch, [start + 1 for start in plan.starts] + [part.end for part in sampling]
 
     def _all_layers(self, on_layer: OnLayer | None) -> None:
         """A graph does not stop for anybody: KV of all its layers is on its way at once."""

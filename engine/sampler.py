@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from ..common.types import TokenLogprob
 from ..kernels import sampling
 from ..kernels.sampling import IN_PROMPT, MOST, RECORD
 from .knobs import Knobs, Words
+from .pages import Pages
 from .plan import Results
 from .sequence import Sequence
 from .slots import Slots
@@ -43,45 +45,68 @@ class Sampler:
         self._slots = Slots()
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int16, device=self._device)
         self._spare = torch.empty(0, vocab_size, dtype=torch.int32, device=self._device)
-        self._rows = _Rows.of([], [])
+        self._sent: _Sent | None = None
+        self._ends: list[int] = []
+        self._further = 0
+        self._begin([], [])
         self._make_room(rows, rows)
 
     def sample(
-        self, logits: torch.Tensor, owners: list[Sequence], ends: list[int], best: torch.Tensor | None = None
+        self, logits: torch.Tensor, owners: list[Sequence], ends: list[int], out: torch.Tensor | None = None
     ) -> Drawn:
         """One token for each row of logits [R, V] float32, which are overwritten; `owners[r]` draws in row r, and its
-        token gets the position `ends[r]`. `best` is what `sampling.greedy` found in these logits, if a graph has asked
-        it already. Nothing here waits for a device. Raises `EngineFailure` where the tokens of a sequence with
-        penalties are not known: one that draws must have drawn in the step before, or have no pending token."""
+        token gets the position `ends[r]`. `out` [R] int64: where the tokens shall lie on the device. Nothing here waits
+        for one. Raises `EngineFailure` where the tokens of a sequence with penalties are not known: one that draws must
+        have drawn in the step before, or have no pending token."""
         if owners != self._rows.owners:
-            self._rows = _Rows.of(owners, [owner.knobs or self._knobs(owner) for owner in owners])
-        asked = self._rows.asked
-        if asked:
-            (rows,) = self._send(np.array(asked))
-            untouched = logits[rows]  # a copy
-        if not self._rows.greedy:
-            tokens = self._draw(logits, ends)
+            self._begin(owners, [owner.knobs or self._knobs(owner) for owner in owners])
+        self._ends, self._further, self._sent = ends, 0, None
+        return self._sample(logits, out)
+
+    def sample_on(self, logits: torch.Tensor, out: torch.Tensor | None = None) -> Drawn:
+        """The same for the owners of the call before, each of which is a token further."""
+        self._further += 1
+        if self._rows.edited:
+            self._sent = None
+        elif self._sent is not None:
+            self._sent.step()
+        return self._sample(logits, out)
+
+    def _sample(self, logits: torch.Tensor, out: torch.Tensor | None) -> Drawn:
+        rows = self._rows
+        if rows.asked:
+            (asked,) = self._send(np.array(rows.asked))
+            untouched = logits[asked]  # a copy
+        if rows.greedy:
+            tokens = sampling.greedy(logits, out)
         else:
-            tokens = sampling.greedy(logits) if best is None else best
-        if not asked:
-            return Drawn.of(tokens)
-        counts = [self._rows.knobs[row].logprobs or 0 for row in asked]
-        return Drawn.of(tokens, _Logprobs.of(untouched, tokens[rows], asked, counts))
+            sent = self._sent = self._sent or self._records()
+            tokens = sampling.draw(logits, sent.words, sent.pairs, self._counts, self._spare, out)
+        logprobs = None
+        if rows.asked:
+            counts = [rows.knobs[row].logprobs or 0 for row in rows.asked]
+            logprobs = _Logprobs.of(untouched, tokens[asked], rows.asked, counts)
+        return Drawn.of(tokens, next(self._pages), logprobs)
+
+    def _begin(self, owners: list[Sequence], knobs: list[Knobs]) -> None:
+        """Two steps are under way at most, so what one draws comes to the page of the one before the last."""
+        self._rows = _Rows.of(owners, knobs)
+        self._pages = cycle([_Page.of(len(owners), self._device) for _ in range(2)])
 
     def _knobs(self, sequence: Sequence) -> Knobs:
         knobs = sequence.knobs = Knobs.of(sequence, self._eos)
         return knobs
 
-    def _draw(self, logits: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    def _records(self) -> _Sent:
         """All that the kernels read goes to the device in one copy."""
-        records = np.frombuffer(bytearray(self._rows.records), RECORD)
-        records["position"] = ends
-        self._make_room(len(ends), len(self._rows.penalised))
-        added, *fill = self._edit(records, ends) if self._rows.edited else (_NOTHING,)
+        records, rows = np.frombuffer(bytearray(self._rows.records), RECORD), self._rows
+        records["position"] = ends = np.array(self._ends) + self._further
+        self._make_room(len(records), len(rows.penalised))
+        added, *fill = self._edit(records, ends.tolist()) if rows.edited else (_NOTHING,)
         words, pairs, *fills = self._send(records.view(np.int64), added, *fill)
         if fills:
             sampling.fill(self._counts, *fills)
-        return sampling.draw(logits, words.view(len(ends), -1), pairs, self._counts, self._spare)
+        return _Sent(records, words, pairs)
 
     def _edit(self, records: npt.NDArray[np.void], ends: list[int]) -> tuple[Words, ...]:
         """Write into the records what is done to the logits of `edited` rows: with which pairs, which are returned, and
@@ -123,6 +148,24 @@ class Sampler:
         if self._device.type == "cuda":
             words = words.pin_memory().to(self._device, non_blocking=True)
         return list(words.split_with_sizes([len(part) for part in parts]))
+
+
+class _Sent:
+    """What the kernels read: `words` [R, 8] and `pairs`, both on the device."""
+
+    def __init__(self, records: npt.NDArray[np.void], words: torch.Tensor, pairs: torch.Tensor) -> None:
+        self.words = words.view(len(records), -1)
+        self.pairs = pairs
+        self._there = words.view(torch.uint8)
+        self._bytes = records.view(np.uint8).data
+        self._positions = records["position"]
+        self._pages: Pages | None = None
+
+    def step(self) -> None:
+        """All rows are a token further, and nothing else has changed."""
+        self._pages = self._pages or Pages(len(self._bytes), self._there.is_cuda)
+        self._positions += 1
+        self._there.copy_(self._pages.write(self._bytes), non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,34 +212,46 @@ def _said(sequence: Sequence, end: int) -> tuple[Words, Words]:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """`tokens` [R] int64 lie on the device, where the next step reads them; `results` waits until they are here."""
+class _Page:
+    """Where a step's tokens come to, in memory that a device can write by itself, and what tells that they have."""
 
     tokens: torch.Tensor
-    _here: torch.Tensor
-    _logprobs: _Logprobs | None
-    _ended: torch.cuda.Event | None
+    ended: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, tokens: torch.Tensor, logprobs: _Logprobs | None = None) -> Drawn:
-        here = tokens.to("cpu", non_blocking=True)  # pinned
-        ended = None
-        if tokens.is_cuda:
-            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ended.record()
-        return cls(tokens, here, logprobs, ended)
+    def of(cls, rows: int, device: torch.device) -> _Page:
+        on_cuda = device.type == "cuda"
+        tokens = torch.empty(rows, dtype=torch.int64, pin_memory=on_cuda)
+        return cls(tokens, torch.cuda.Event() if on_cuda else None)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """`tokens` [R] int64 lie on the device, where the next step reads them; `results` waits until they are here. It has
+    to be asked before the step after the next one is sampled, which takes the memory."""
+
+    tokens: torch.Tensor
+    _here: _Page
+    _logprobs: _Logprobs | None
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, here: _Page, logprobs: _Logprobs | None = None) -> Drawn:
+        here.tokens.copy_(tokens, non_blocking=True)
+        if here.ended is not None:
+            here.ended.record()
+        return cls(tokens, here, logprobs)
 
     def results(self, wait_s: float = WAIT_S) -> Results:
         """One entry for each row. Raises `EngineFailure` where they do not come in time, or the device has failed."""
         deadline = time.monotonic() + wait_s
         try:
-            while self._ended is not None and not self._ended.query():  # type: ignore[no-untyped-call]
+            while self._here.ended is not None and not self._here.ended.query():  # type: ignore[no-untyped-call]
                 if time.monotonic() > deadline:
                     raise EngineFailure(f"a step is not through after {wait_s:g} s")
                 time.sleep(_POLL_S)
         except RuntimeError as error:  # of the device, and of some kernel before
             raise EngineFailure(f"a step failed on the device: {error}") from error
-        return Results(self._here.tolist(), self._logprobs.results() if self._logprobs else {})
+        return Results(self._here.tokens.tolist(), self._logprobs.results() if self._logprobs else {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,19 +75,20 @@ def furthest(min_p: float) -> int:
     return FAR if min_p <= 0.0 else min(FAR, int(-np.log(min_p) / UNIT))
 
 
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The largest of each row of logits [R, V] float32, and of equal ones the first: [R] int64."""
+def greedy(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The largest of each row of logits [R, V] float32, and of equal ones the first: [R] int64, in `out` if given."""
     if _compiled(logits.device.type):
         from .sampling_kernels import launch_greedy
 
-        return launch_greedy(logits)
-    return logits.argmax(dim=-1)
+        return launch_greedy(logits, out)
+    return torch.argmax(logits, dim=-1, out=out)
 
 
 def draw(
-    logits: torch.Tensor, records: torch.Tensor, added: torch.Tensor, counts: torch.Tensor, spare: torch.Tensor
-) -> torch.Tensor:
-    """One token for each row of logits, and that token counted in the row's slot: [R] int64.
+    logits: torch.Tensor, records: torch.Tensor, added: torch.Tensor, counts: torch.Tensor, spare: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """One token for each row of logits, and that token counted in the row's slot: [R] int64, in `out` if given.
 
     logits     [R, V] float32, contiguous; overwritten
     records    [R, 8] int64: `RECORD`s; may be the first R of more
@@ -105,7 +106,7 @@ def draw(
     if _compiled(logits.device.type):
         from .sampling_kernels import launch
 
-        return launch(logits, records, added, counts, spare)
+        return launch(logits, records, added, counts, spare, out)
     knobs = records.cpu().numpy().reshape(-1).view(RECORD)[: len(logits)]
     pairs = added.cpu().numpy().view(ADDED)
     for row, knob in zip(logits, knobs, strict=True):
@@ -115,7 +116,7 @@ def draw(
             mine = pairs[knob["added_from"] : knob["added_to"]]
             where = torch.from_numpy(mine["token"].astype(np.int64)).to(row.device)
             row.index_add_(0, where, torch.from_numpy(mine["value"].copy()).to(row.device))
-    tokens = logits.argmax(dim=-1)
+    tokens = torch.argmax(logits, dim=-1, out=out)
     for index in np.flatnonzero(knobs["temperature"]):
         tokens[index] = _draw(logits[index], int(tokens[index]), knobs[index])
     for index in np.flatnonzero(knobs["slot"] >= 0):

@@ -46,9 +46,9 @@ _MOST_PARTS = 32
 _PARTS_OF_A_MULTIPROCESSOR = 2
 
 
-def launch_greedy(logits: torch.Tensor) -> torch.Tensor:
+def launch_greedy(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `sampling.greedy`."""
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
     if len(logits):
         best, where, parts = _surveyed(logits)
         _first[(len(logits),)](best, where, tokens, parts, num_warps=1)
@@ -56,11 +56,12 @@ def launch_greedy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def launch(
-    logits: torch.Tensor, records: torch.Tensor, added: torch.Tensor, counts: torch.Tensor, spare: torch.Tensor
-) -> torch.Tensor:
+    logits: torch.Tensor, records: torch.Tensor, added: torch.Tensor, counts: torch.Tensor, spare: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """See `sampling.draw`."""
     rows, size = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device) if out is None else out
     if rows == 0:
         return tokens
     doubles, ints, floats = (records.view(kind) for kind in (torch.float64, torch.int32, torch.float32))

@@ -19,6 +19,7 @@ import torch
 
 from ...common.kv_format import KvFormat
 from ...engine.batch import Batch, Inputs
+from ...engine.batches import Batches
 from ...engine.graphs import Graphs, ladder
 from ...engine.plan import Launched, OnLayer, Results, StepPlan
 from ...engine.rank import Rank
@@ -65,22 +66,17 @@ class Watch:
         self._open = ["rest"]
         self._since = time.perf_counter()
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self.turn()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self.turn()
-            self._open.pop()
-
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, as a part."""
+        """The same call, as a part. No context manager: after a wait that would cost as much as a small part."""
 
         def measured(*args: Any) -> Any:
-            with self.part(name):
+            self.turn()
+            self._open.append(name)
+            try:
                 return call(*args)
+            finally:
+                self.turn()
+                self._open.pop()
 
         return measured
 
@@ -141,9 +137,12 @@ def _recorded(work: Callable[[], None]) -> Callable[[], None]:
     return lambda: None
 
 
-def _draws_nothing(logits: torch.Tensor, *_: object) -> torch.Tensor:
-    """In place of `kernels.sampling.draw`."""
-    return torch.zeros(len(logits), dtype=torch.int64)
+def _draws_nothing(
+    logits: torch.Tensor, records: torch.Tensor, added: torch.Tensor, counts: torch.Tensor, spare: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """In place of `kernels.sampling.draw`: leaves the zeros that are there."""
+    return out
 
 
 @contextmanager
@@ -151,8 +150,10 @@ def no_kernels(watch: Watch) -> Iterator[None]:
     """Meanwhile nobody samples, and what the runner does in Python is counted as parts of a step."""
     with (
         patch.object(sampling, "draw", _draws_nothing),
-        patch.object(Batch, "of", watch.around("batch", Batch.of)),
+        patch.object(Batches, "make", watch.around("batch", Batches.make)),
+        patch.object(Batches, "carry_on", watch.around("batch", Batches.carry_on)),
         patch.object(Sampler, "sample", watch.around("sampling", Sampler.sample)),
+        patch.object(Sampler, "sample_on", watch.around("sampling", Sampler.sample_on)),
     ):
         yield
 
@@ -173,8 +174,7 @@ class StandinStep:
     watch: Watch
 
     def results(self) -> Results:
-        with self.watch.part("device"):
-            time.sleep(max(0.0, self.end - time.perf_counter()))
+        self.watch.around("device", time.sleep)(max(0.0, self.end - time.perf_counter()))
         return self.step.results()
 
 

@@ -31,10 +31,13 @@ def test_a_stream_is_idle_from_the_end_of_all_steps_to_the_next_launch(clock: li
 def test_each_moment_counts_for_the_innermost_part(clock: list[float]) -> None:
     watch = device.Watch()
     clock.append(1.0)
-    with watch.part("outer"):
+
+    def outer() -> None:
         clock.append(3.0)
         watch.around("inner", clock.append)(7.0)
         clock.append(7.5)
+
+    watch.around("outer", outer)()
     clock.append(9.5)
     watch.turn()
     assert watch.spent == {"rest": 1.0 + 2.0, "outer": 2.0 + 0.5, "inner": 4.0}

@@ -245,9 +245,24 @@ def test_rows_do_not_care_who_stands_beside_them() -> None:
     assert together.tokens[4] == 9, "the output is long enough for it to end"
 
 
-def test_a_graph_that_has_found_the_best_is_believed_where_all_are_greedy() -> None:
-    sampler, best = Sampler(frozenset({EOS}), VOCABULARY), torch.tensor([11, 12])
-    greedy = sampler.sample(logits().expand(2, -1), *drawing(*[sequence(temperature=0.0)] * 2), best)
-    assert greedy.tokens is best
-    mixed = sampler.sample(logits().expand(2, -1).clone(), *drawing(sequence(temperature=0.0), sequence(top_k=1)), best)
-    assert mixed.tokens.tolist() == [int(logits().argmax())] * 2
+@pytest.mark.parametrize("names", [(), ("logprobs",), ("edits",), ("greedy",), ("logprobs", "edits", "greedy")])
+def test_who_goes_on_draws_as_if_asked_anew(names: tuple[str, ...]) -> None:
+    """The same owners step by step, each a token further; and then others."""
+    kinds: dict[str, dict[str, Any]] = {
+        "logprobs": {"logprobs": 2},
+        "edits": {"frequency_penalty": 2.0, "min_tokens": 3},
+        "greedy": {"temperature": 0.0},
+    }
+    params: list[dict[str, Any]] = [{"temperature": 1.5}, {"top_k": 3}, *(kinds[name] for name in names)]
+    anew, on = (Sampler(frozenset({EOS}), VOCABULARY) for _ in range(2))
+    for length in (len(params), 1):
+        first, second = ([sequence(seed=n, **kind) for n, kind in enumerate(params[:length])] for _ in range(2))
+        for step in range(5):
+            batch = torch.stack([logits(10 * step + row) for row in range(length)])
+            expected = anew.sample(batch.clone(), *drawing(*first)).results()
+            out = torch.zeros(length, dtype=torch.int64)
+            drawn = on.sample_on(batch.clone(), out) if step else on.sample(batch.clone(), *drawing(*second), out)
+            assert drawn.results() == expected
+            assert drawn.tokens is out
+            for owner, token in zip([*first, *second], expected.drawn * 2, strict=True):
+                owner.tokens.append(token)
