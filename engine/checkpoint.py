@@ -101,7 +101,7 @@ def stored(folder: Path) -> dict[str, Stored]:
     """See `Checkpoint`."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        shards = {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
+        shards = _shards_of(index)
     elif single.exists():
         shards = {single}
     else:
@@ -113,6 +113,14 @@ def stored(folder: Path) -> dict[str, Stored]:
         except (OSError, SafetensorError) as error:
             raise InvalidRequest(f"{path} cannot be read: {error}", param="model") from error
     return found
+
+
+def _shards_of(index: Path) -> set[Path]:
+    """The files that an index names."""
+    try:
+        return {index.parent / file for file in json.loads(index.read_text())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidRequest(f"{index} is no index of shards: {error!r}", param="model") from error
 
 
 def _tensors_of(path: Path) -> dict[str, Stored]:

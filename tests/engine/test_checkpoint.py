@@ -85,3 +85,10 @@ def test_types_that_no_weight_has_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"neither model\.safetensors nor"):
         Checkpoint(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"it": 3}}'])
+def test_an_index_that_is_none_says_so(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InvalidRequest, match=r"index\.json is no index of shards"):
+        Checkpoint(tmp_path, CPU)
