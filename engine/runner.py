@@ -66,14 +66,14 @@ class TorchRunner:
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Launched:
         """See `plan.Runner.launch`. Raises `EngineFailure` where torch fails (out of memory, a broken device), and
         `EngineBroken` where there are other ranks: after a failure they no longer stand at the same place."""
-        batch, ends = self._batches.carry_on(plan), None
-        if batch is None:
-            batch, ends = self._begin(plan)
-        if self._followers is not None:
-            if batch.pending:  # other ranks have not seen what was drawn
-                batch.complete(self._drawn.tolist())
-            self._followers.send(RUN, *batch.pack())
         try:
+            batch, ends = self._batches.carry_on(plan), None
+            if batch is None:
+                batch, ends = self._begin(plan)
+            if self._followers is not None:
+                if batch.pending:  # other ranks have not seen what was drawn
+                    batch.complete(self._drawn.tolist())
+                self._followers.send(RUN, *batch.pack())
             with torch.inference_mode():
                 if self._graphs and self._fill:
                     logits = self._graphs.run(batch, len(self._owners))

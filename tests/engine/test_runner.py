@@ -10,6 +10,8 @@ import torch
 
 from baton.common.config import EngineConfig
 from baton.common.errors import EngineFailure, InvalidRequest
+from baton.engine.batch import Batch
+from baton.engine.batches import Batches
 from baton.engine.checkpoint import weights_digest
 from baton.engine.plan import Slice, StepPlan
 from baton.engine.runner import Engine, build_engine
@@ -149,6 +151,17 @@ def test_lengths_are_bounded_by_the_pool(checkpoint: Path) -> None:
     assert (small.num_blocks, small.max_model_len) == (3, 48)
     with pytest.raises(InvalidRequest):
         start(checkpoint, kv_memory=block - 1)
+
+
+def test_no_memory_for_the_batch_itself_is_typed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is memory from which a device fetches, and there may be none."""
+
+    def make(*_: object) -> Batch:
+        raise torch.OutOfMemoryError("no pinned memory")
+
+    monkeypatch.setattr(Batches, "make", make)
+    with pytest.raises(EngineFailure, match="no pinned memory"):
+        engine.runner.launch(StepPlan(9, [], [sequence([5], 1)], [0]))
 
 
 def test_a_failure_inside_torch_is_typed(engine: Engine) -> None:
