@@ -152,3 +152,11 @@ def test_who_does_not_go_on_is_no_batch_to_carry() -> None:
     assert batches.carry_on(StepPlan(9, [], [owner], [7])) is None, "a step was left out"
     assert batches.carry_on(StepPlan(9, [Slice(owner, 6, 1, True)], [owner], [6])) is None
     assert batches.carry_on(StepPlan(9, [], [owner], [6])) is not None
+
+
+def test_a_step_without_them_stands_between() -> None:
+    """What lies on the device then is what others have drawn."""
+    owner, other, batches = sequence(range(9), 0), sequence(range(4), 20, 1), Batches(BLOCK)
+    batches.make(StepPlan(9, [], [owner], [5]), {})
+    batches.make(StepPlan(9, [Slice(other, 0, 4, True)]), {})
+    assert batches.carry_on(StepPlan(9, [], [owner], [6])) is None
