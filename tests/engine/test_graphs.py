@@ -4,6 +4,7 @@ the buffers that a graph would read, filled up as for a graph."""
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,6 +161,15 @@ def test_a_step_that_no_graph_computes(checkpoint: Path) -> None:
     assert graphs.size_for(StepPlan(0, [Slice(two, 4, 5, True)], [one], [8])) == 0  # a chunk
     one.blocks *= 4
     assert graphs.size_for(both) == 0  # more blocks than the longest sequences have
+
+
+def test_there_is_room_behind_the_longest_tables(checkpoint: Path) -> None:
+    runner, recorder, rank = recorded(checkpoint)
+    owners = [sequence([5], 1, i) for i in range(SIZES[-1])]
+    for owner in owners:
+        owner.blocks = array("i", range(rank.longest // rank.pool.format.block_size))
+    runner.launch(StepPlan(9, [], owners, [0] * len(owners))).results()
+    assert sum(recorder.repeated) == 1
 
 
 def test_layers_are_told_of_after_a_recorded_step(checkpoint: Path) -> None:

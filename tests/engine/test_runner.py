@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from baton.common.errors import EngineFailure, InvalidRequest
 from baton.engine.batch import Batch
 from baton.engine.batches import Batches
 from baton.engine.checkpoint import weights_digest
+from baton.engine.follower import Followers
 from baton.engine.plan import Slice, StepPlan
-from baton.engine.runner import Engine, build_engine
+from baton.engine.runner import Engine, TorchRunner, build_engine
 from baton.engine.weights import load_weights
 from baton.kernels.reference import TorchOps
 
@@ -151,6 +153,21 @@ def test_lengths_are_bounded_by_the_pool(checkpoint: Path) -> None:
     assert (small.num_blocks, small.max_model_len) == (3, 48)
     with pytest.raises(InvalidRequest):
         start(checkpoint, kv_memory=block - 1)
+
+
+def test_other_ranks_are_told_what_was_drawn(engine: Engine) -> None:
+    """They have not seen it, also where this rank takes it from the device."""
+    told: list[list[int]] = []
+
+    class Told:
+        def send(self, _command: str, *batch: Any) -> None:
+            told.append(Batch.unpack(*batch).arrays().tokens.tolist())
+
+    runner = TorchRunner(engine.runner._rank, torch.zeros(9, dtype=torch.int64), cast(Followers, Told()))
+    owner = sequence([5, 6, 7], 1)
+    for last in range(2, 6):
+        owner.tokens += runner.launch(StepPlan(9, [], [owner], [last])).results().drawn
+    assert told == [[token] for token in owner.tokens[2:-1]]
 
 
 def test_no_memory_for_the_batch_itself_is_typed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
