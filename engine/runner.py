@@ -16,6 +16,7 @@ from ..common.fingerprint import fingerprint
 from ..common.kv_format import KvFormat
 from .batch import Batch, row_order
 from .batches import Batches
+from .checkpoint import weights_digest
 from .follower import HERE, MEET, READY, Followers
 from .graphs import CudaCapture, Graphs, ladder
 from .group import RankGroup
@@ -27,7 +28,7 @@ from .rehearsal import rehearsals
 from .sampler import Drawn, Sampler
 from .sequence import Sequence
 from .shard import shard
-from .weights import Progress, weights_digest
+from .weights import Progress
 
 log = logging.getLogger(__name__)
 

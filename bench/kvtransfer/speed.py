@@ -131,15 +131,18 @@ class Pair:
             case _:
                 return self._bare_gloo(warm=False, under_way=1)
 
-    def beside(self, medium: str) -> dict[str, float]:
-        """Seconds of as many bytes over a bare medium in other ways. `warm`: from one small buffer into another, which
-        stay in the caches, as no pool does. `tuned`: the limit again, by a socket like a lane's. `two`: the limit
-        again, with two messages under way at a time."""
+    def beside(self, medium: str) -> dict[str, Callable[[], float]]:
+        """Each gives the seconds of as many bytes over a bare medium in another way. `warm`: from one small buffer into
+        another, which stay in the caches, as no pool does. `tuned`: the limit again, by a socket like a lane's. `two`:
+        the limit again, with two messages under way."""
         match medium:
             case "memcpy":
                 return {}
             case "socket":
-                return {"warm": self._plain_stream(warm=True), "tuned": self._plain_stream(warm=False, tuned=True)}
+                return {
+                    "warm": lambda: self._plain_stream(warm=True),
+                    "tuned": lambda: self._plain_stream(warm=False, tuned=True),
+                }
             case _:
                 return {
                     "warm": lambda: self._bare_gloo(warm=True, under_way=1),
