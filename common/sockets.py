@@ -81,11 +81,12 @@ class Listener:
         self._closed = False
         self._socket = socket.create_server((host, port))
         self.address = f"{host}:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._accept, name=f"{name} door", daemon=True).start()
+        self._door = threading.Thread(target=self._accept, name=f"{name} door", daemon=True)
+        self._door.start()
 
     def close(self) -> None:
-        """Stop listening, hang up on everybody, and give the threads that serve them a moment to end: one that is in a
-        library's code when the interpreter goes takes the process along with it. Idempotent."""
+        """Stop listening, hang up on everybody, and give the threads that accept and serve a moment to end: one that is
+        in a library's code when the interpreter goes takes the process along with it. Idempotent."""
         with self._lock:
             self._closed = True
             for connection in self._open:
@@ -94,7 +95,7 @@ class Listener:
         hang_up(self._socket)
         self._socket.close()
         deadline = time.monotonic() + CLOSE_S
-        for thread in serving:
+        for thread in (self._door, *serving):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
