@@ -28,11 +28,17 @@ def drain(
     Example: baton drain decode-1 --now
     """
     with AdminClient(find(cluster, admin)) as client:
-        confirm(f"Drain {worker}?", yes)
+        who = described(client.status(), worker)
+        confirm(f"Drain {who}?", yes)
         client.drain(worker, now)
-        print(f"{worker} takes nothing new; its requests {'move' if now else 'finish there'}")
+        print(f"{who} takes nothing new; its requests {'move' if now else 'finish there'}")
         if wait:
             wait_until(client, lambda status: missing(status, worker), timeout)
+
+
+def described(status: ClusterStatus, name: str) -> str:
+    """A worker with the pool that gets smaller without it: one that was turned keeps the name that it began with."""
+    return next((f"{name} of pool {worker.pool}" for worker in status.workers if worker.name == name), name)
 
 
 def missing(status: ClusterStatus, name: str) -> str:

@@ -61,6 +61,9 @@ def missing(status: ClusterStatus, counts: Mapping[str, int]) -> str:
             raise BatonError(f"somebody else changed {pool.name} meanwhile: it shall have {pool.wanted} workers now")
         if pool.ready != pool.wanted:
             found.append(f"{pool.name}: {pool.ready} of {pool.wanted} ready")
+        ready = sum(worker.pool == pool.name and worker.state == "ready" for worker in status.workers)
+        if ready > pool.wanted:  # one that shall go still works, until another one does its work
+            found.append(f"{pool.name}: {ready} ready, which is {ready - pool.wanted} too many")
     for worker in (worker for worker in status.workers if worker.pool in counts):
         if worker.state == "failed":
             raise BatonError(f"{worker.name} was given up: {worker.detail}")

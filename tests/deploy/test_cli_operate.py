@@ -58,6 +58,16 @@ def test_scale_waits_for_those_that_leave(admin: FakeAdmin, capsys: pytest.Captu
     assert capsys.readouterr().err == "decode-1 leaving\n"
 
 
+def test_scale_waits_for_one_that_must_not_leave_yet(admin: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is ready, and works on until the only other worker that can is: one of a pool that nobody scales."""
+    held = pools(prefill=(1, 1), decode=(1, 0), big=(0, 1))
+    held = replace(held, pools=tuple(replace(p, ready=0) if p.name == "decode" else p for p in held.pools))
+    admin.statuses = [pools(prefill=(1, 1), decode=(1, 1), big=(0, 1))]
+    admin.then(held, pools(prefill=(1, 1), decode=(0, 0), big=(1, 1)))
+    assert cli.run(["scale", "decode=0", "--yes"]) == 0
+    assert capsys.readouterr().err == "decode: 1 ready, which is 1 too many\n"
+
+
 def test_scale_that_is_not_to_wait_does_not_look_again(admin: FakeAdmin) -> None:
     admin.then(pools(prefill=(1, 2)))
     assert cli.run(["scale", "prefill=2", "--no-wait"]) == 0
@@ -151,6 +161,20 @@ def test_drain_waits_until_the_worker_is_gone(
     assert cli.run(["drain", "decode-0", "--yes", *flags]) == 0
     assert sent(admin) == [("POST /v1/drain", {"worker": "decode-0", "now": now})]
     assert capsys.readouterr().err == "decode-0 draining, requests: 7\n"
+
+
+def test_drain_says_of_which_pool_a_worker_is_that_was_turned(
+    admin: FakeAdmin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("typer.confirm", lambda question, **_: asked.append(question))
+    turned = replace(STATUS.workers[1], pool="prefill", role="prefill")
+    admin.statuses = [replace(STATUS, workers=(STATUS.workers[0], turned, STATUS.workers[2]))]
+    admin.then(replace(STATUS, workers=()))
+    assert cli.run(["drain", "decode-0", "--now"]) == 0
+    assert asked == ["Drain decode-0 of pool prefill?"]
+    assert capsys.readouterr().out.startswith("decode-0 of pool prefill takes nothing new; its requests move\n")
 
 
 def test_rollout_sends_what_changes_and_waits_for_its_end(

@@ -122,6 +122,15 @@ def test_drain_lets_one_go_and_may_be_hurried() -> None:
             drain(wanted, name, now=False)
 
 
+def test_draining_a_worker_that_was_turned_makes_the_pool_smaller_that_it_works_for() -> None:
+    """Whichever holds least is turned: by its name nobody knows where a worker belongs."""
+    held = {"prefill-0": 0, "decode-0": 0, "decode-1": 1, "decode-2": 1}
+    wanted, steps = scale(desired({P: 1, D: 3}), {"prefill": 2, "decode": 2}, held)
+    assert steps == ("turn decode-0 to prefill",)
+    wanted = drain(wanted, "decode-0", now=True)
+    assert (wanted.size("prefill"), wanted.size("decode")) == (1, 2)
+
+
 def test_a_worker_that_would_not_be_turned_is_started_anew_as_its_pool_is() -> None:
     wanted, _ = scale(desired({P: 2, D: 1}), {"prefill": 1, "decode": 2}, held={})
     (turned,) = (a for a in anew(wanted, "prefill-1").assignments if a.name == "prefill-1")

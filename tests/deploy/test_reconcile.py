@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
@@ -276,14 +277,25 @@ def disturb(fleet: Fleet, wanted: Desired, rng: random.Random) -> Desired:
     return wanted
 
 
+def sizes(wanted: Desired) -> Counter[str]:
+    """How many workers each pool shall have."""
+    return Counter(a.pool for a in wanted.staying)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32))
 def test_whatever_happens_it_comes_to_rest_and_never_takes_the_last_pair_away(seed: int) -> None:
+    """And in the end each pool has as many workers as commands have left it: neither a turn nor a death nor a rollout,
+    to its end or back, makes it larger or smaller."""
     rng = random.Random(seed)
     wanted = desired({P: 1, D: 1})
     fleet = up(wanted)
+    asked = sizes(wanted)
     for _ in range(30):
-        wanted = disturb(fleet, wanted, rng)
+        before, wanted = wanted, disturb(fleet, wanted, rng)
+        if before.rollout is None and wanted.rollout is None:
+            asked += sizes(wanted) - sizes(before)
+            asked -= sizes(before) - sizes(wanted)
         could = {m.role for m in fleet.words.values() if m.state is WorkerState.READY and m.name not in fleet.silence}
         shown = {m.role for m in members(wanted, fleet.world) if m.state is WorkerState.READY}
         assert {"prefill", "decode"} & could <= shown or not {"prefill", "decode"} <= could
@@ -292,6 +304,7 @@ def test_whatever_happens_it_comes_to_rest_and_never_takes_the_last_pair_away(se
             fleet.make_ready(rng.choice(sorted(fleet.words)), load=Load())
         wanted = rollout.advance(wanted, serving(wanted, fleet.world))
     wanted = fleet.settle(wanted)
+    assert sizes(wanted) == asked
     assert reconcile(wanted, fleet.world) == ()
     assert fleet.processes.keys() == {a.name for a in wanted.assignments} | {"gateway-0"}
     assert {name: word.role for name, word in fleet.words.items()} == {
