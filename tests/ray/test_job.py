@@ -10,13 +10,15 @@ import shlex
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from baton.deploy import models
 from tests.e2e.reference import Judge
@@ -24,7 +26,8 @@ from tests.ray.nodes import ROOT, Loopback, Nodes, actors, ended, environment, e
 
 URL = "http://127.0.0.1:8000"
 READY_TIMEOUT_S = 120.0
-COMMAND_TIMEOUT_S = 120.0
+COMMAND_TIMEOUT_S = 240.0
+BEGUN_TIMEOUT_S = 60.0
 BACK_TIMEOUT_S = 90.0
 """Workers of a node that died run again on the other: Ray's word, an actor's start, the model."""
 OUTPUT = 96
@@ -68,6 +71,12 @@ def nodes_of(rows: list[dict[str, Any]]) -> Counter[tuple[str, str]]:
     return Counter((row["pool"], row["node"]) for row in rows if row["state"] == "ready")
 
 
+def pools(rows: list[dict[str, Any]]) -> Counter[tuple[str, int]]:
+    """How many workers each pool has of each revision, all of which are ready."""
+    assert all(row["state"] == "ready" for row in rows), rows
+    return Counter((row["pool"], row["revision"]) for row in rows)
+
+
 def is_ready() -> bool:
     try:
         return httpx.get(f"{URL}/ready", timeout=5).is_success
@@ -75,18 +84,70 @@ def is_ready() -> bool:
         return False
 
 
+class Closed(Exception):
+    """The door takes nothing new."""
+
+
 async def ask(client: httpx.AsyncClient, prompt: str, tokens: list[int]) -> None:
-    """Stream a greedy answer's tokens into `tokens`."""
+    """Stream a greedy answer's tokens into `tokens`: all of them, once it is taken. Raises `Closed` if it is not."""
     body = {"model": "demo", "prompt": prompt, "max_tokens": OUTPUT, "temperature": 0}
     body |= {"ignore_eos": True, "return_token_ids": True, "stream": True}
-    async with client.stream("POST", f"{URL}/v1/completions", json=body) as response:
-        assert response.status_code == 200, await response.aread()
+    try:
+        response = await client.send(client.build_request("POST", f"{URL}/v1/completions", json=body), stream=True)
+    except httpx.TransportError as error:
+        raise Closed(str(error)) from error
+    async with aclosing(response):
+        if response.status_code != 200:
+            raise Closed(await response.aread())
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line.removeprefix("data: "))
                 assert "error" not in event, event
                 tokens += [t for choice in event["choices"] for t in choice.get("token_ids", [])]
     assert len(tokens) == OUTPUT
+
+
+@dataclass
+class Load:
+    """Clients that ask their next question as soon as the last is answered: whenever something happens to the cluster,
+    something runs there. `answers`: prompts with the tokens that have come so far."""
+
+    client: httpx.AsyncClient
+    answers: list[tuple[str, list[int]]] = field(default_factory=list)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def stream(self, prompt: str) -> None:
+        """One client, until it is over."""
+        while not self.over.is_set():
+            tokens: list[int] = []
+            self.answers.append((prompt, tokens))
+            await ask(self.client, prompt, tokens)
+
+    async def begun(self, streams: int) -> None:
+        """Each of so many clients has a first token."""
+        async with asyncio.timeout(BEGUN_TIMEOUT_S):
+            while not all(tokens for _, tokens in self.answers[:streams]):
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def under_load(client: httpx.AsyncClient, judge: Judge, prompts: list[str]) -> AsyncIterator[None]:
+    """A client for each prompt before, during and after what is done here; all their answers are the reference's."""
+    load = Load(client)
+    async with asyncio.TaskGroup() as streams:
+        for prompt in prompts:
+            streams.create_task(load.stream(prompt))
+        await asyncio.sleep(0)
+        await load.begun(len(prompts))
+        yield
+        load.over.set()
+    judge.check([(judge.encode(prompt), tuple(tokens)) for prompt, tokens in load.answers])
+
+
+async def retries(client: httpx.AsyncClient) -> float:
+    """Requests that were placed again since the job began."""
+    families = text_string_to_metric_families((await client.get(f"{URL}/metrics")).text)
+    return sum(s.value for family in families for s in family.samples if s.name == "baton_router_retries_total")
 
 
 @pytest.fixture(scope="module")
@@ -136,17 +197,13 @@ def test_pools_are_spread_over_the_nodes(job: Job) -> None:
 async def test_requests_survive_a_node_and_its_workers_come_back_on_the_other(
     job: Job, started: Nodes, client: httpx.AsyncClient, judge: Judge
 ) -> None:
-    prompts = PROMPTS * 4
-    answers: list[list[int]] = [[] for _ in prompts]
-    asking = [asyncio.create_task(ask(client, prompt, to)) for prompt, to in zip(prompts, answers, strict=True)]
-    async with asyncio.timeout(60):
-        while not all(answers):
-            await asyncio.sleep(0.05)
+    before = await retries(client)
     assert started.second is not None
-    started.second.crash()
-    assert not any(len(tokens) == OUTPUT for tokens in answers), "all were under way"
-    await asyncio.gather(*asking)
-    judge.check([(judge.encode(prompt), tuple(tokens)) for prompt, tokens in zip(prompts, answers, strict=True)])
+    async with under_load(client, judge, PROMPTS * 4), asyncio.timeout(BACK_TIMEOUT_S):
+        started.second.crash()
+        while any(node == "second" for _, node in nodes_of(await asyncio.to_thread(job.workers))):
+            await asyncio.sleep(0.1)
+    assert await retries(client) > before, "nothing ran on the node that died"
     async with asyncio.timeout(BACK_TIMEOUT_S):
         while nodes_of(await asyncio.to_thread(job.workers)) != {("prefill", "first"): 2, ("decode", "first"): 2}:
             await asyncio.sleep(0.5)
@@ -156,43 +213,39 @@ async def test_pools_turn_scale_drain_and_roll_out_under_load(
     job: Job, client: httpx.AsyncClient, judge: Judge
 ) -> None:
     """As on one machine (`tests/e2e/test_operations.py`), by the operators' commands."""
-    answers: list[tuple[str, list[int]]] = []
-    over = asyncio.Event()
 
-    async def stream(prompt: str) -> None:
-        while not over.is_set():
-            tokens: list[int] = []
-            await ask(client, prompt, tokens)
-            answers.append((prompt, tokens))
+    async def operate(*words: str) -> list[dict[str, Any]]:
+        print(words, await asyncio.to_thread(job.operate, *words))
+        return await asyncio.to_thread(job.workers)
 
-    streams = [asyncio.create_task(stream(prompt)) for prompt in PROMPTS * 2]
-    operations = (
-        ("scale", "prefill=1", "decode=3"),
-        ("scale", "prefill=2", "decode=2"),
-        ("drain", "decode-0", "--now"),
-        ("scale", "decode=2"),
-        ("rollout", "--set", "engine.max_running=20"),
-    )
-    for operation in operations:
-        print(operation, await asyncio.to_thread(job.operate, *operation))
-    over.set()
-    await asyncio.gather(*streams)
-    assert all(row["state"] == "ready" and row["revision"] == 2 for row in job.workers())
-    judge.check([(judge.encode(prompt), tuple(tokens)) for prompt, tokens in answers])
+    async with under_load(client, judge, PROMPTS):
+        assert pools(await operate("scale", "prefill=1", "decode=3")) == {("prefill", 1): 1, ("decode", 1): 3}
+        rows = await operate("scale", "prefill=2", "decode=2")
+        assert pools(rows) == {("prefill", 1): 2, ("decode", 1): 2}
+        name = next(row["name"] for row in rows if row["pool"] == "decode")  # whatever it is called: some were turned
+        assert pools(await operate("drain", name, "--now")) == {("prefill", 1): 2, ("decode", 1): 1}
+        assert pools(await operate("scale", "decode=2")) == {("prefill", 1): 2, ("decode", 1): 2}
+        assert pools(await operate("rollout", "--set", "engine.max_running=20")) == {
+            ("prefill", 2): 2,
+            ("decode", 2): 2,
+        }
 
 
 async def test_stopping_finishes_what_runs_and_leaves_no_process_and_no_placement_group(
     job: Job, client: httpx.AsyncClient, judge: Judge
 ) -> None:
-    children = [psutil.Process(row["pid"]) for row in job.workers()]
-    assert len(children) == 4
-    tokens: list[int] = []
-    asking = asyncio.create_task(ask(client, PROMPTS[0], tokens))
-    async with asyncio.timeout(30):
-        while not tokens:
-            await asyncio.sleep(0.05)
+    rows = job.workers()
+    assert pools(rows) == {("prefill", 2): 2, ("decode", 2): 2}
+    children = [psutil.Process(row["pid"]) for row in rows]
+    load = Load(client)
+    asking = asyncio.create_task(load.stream(PROMPTS[0]))
+    await asyncio.sleep(0)
+    await load.begun(1)
     await asyncio.to_thread(job.run, "ray job stop")
-    await asking
-    judge.check([(judge.encode(PROMPTS[0]), tuple(tokens))])
+    with pytest.raises(Closed):
+        await asking
+    *answers, (_, refused) = load.answers
+    assert not refused
+    judge.check([(judge.encode(prompt), tuple(tokens)) for prompt, tokens in answers])
     eventually(lambda: all(map(ended, children)), "no worker is left")
     eventually(lambda: not groups() and "WorkerHost" not in actors(), "no placement group is left, and no actor")
