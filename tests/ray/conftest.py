@@ -8,7 +8,7 @@ import pytest
 
 from tests.ray.nodes import Loopback, Nodes
 
-RAY_TIMEOUT_S = 300
+RAY_TIMEOUT_S = 600
 """The first test that asks for the nodes waits until they are up."""
 
 

@@ -4,6 +4,7 @@ what must hold in the end."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,7 @@ from tests.house import House
 from tests.toy import BLOCK_SIZE
 from tests.worker import toy_process
 from tests.worker.asking import answered
-from tests.worker.toy_process import Sick, toy_engine
+from tests.worker.toy_process import Reach, Sick, toy_engine
 
 LEASE_S = 0.75
 FREEZE_S = 2 * LEASE_S
@@ -48,6 +49,10 @@ class Process:
     async def struck(self) -> None:
         """It is at its point."""
         assert await asyncio.to_thread(self.hears.poll, CASE_S), "it never came there"
+
+    def reach(self, tokens: float) -> None:
+        with contextlib.suppress(OSError):  # it may have killed itself
+            self.hears.send(tokens)
 
     def wake(self) -> None:
         os.kill(self._process.pid or 0, signal.SIGCONT)
@@ -88,6 +93,7 @@ class Scene:
     def __init__(self, sick: Sick, process: Process, config: RouterConfig) -> None:
         self.sick = sick
         self.process, self.fleet, self.house = process, Fleet(), House()
+        self._reach = Reach(sick.reach)
         self.router = Router("router", config, "secret")
         self._ref: WorkerRef | None = None
 
@@ -100,9 +106,15 @@ class Scene:
     async def healthy(self, name: str, role: Role) -> WorkerRef:
         """A worker that stays as it is joins the others."""
         engine = toy_engine(LEASE_S, self.sick.step_s if role is Role.DECODE else 0.0)
-        ref = (await self.house.worker(name, role, engine, **self.sick.handover)).ref
-        self.fleet.add(ref)
-        return ref
+        worker = await self.house.worker(name, role, engine, **self.sick.handover)
+        self._reach.of(worker)
+        self.fleet.add(worker.ref)
+        return worker.ref
+
+    def reach(self, tokens: float) -> None:
+        """From now on requests may have so many tokens, wherever they run."""
+        self._reach.tokens = tokens
+        self.process.reach(tokens)
 
     async def ready(self, workers: int) -> None:
         """So many workers are there and can be used."""

@@ -5,6 +5,7 @@ running request from one decode worker to another, and of an answer's KV back to
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 
 import pytest
@@ -19,7 +20,11 @@ LENGTH = 40
 LATER = 8
 """Of those that come while a frozen one wakes."""
 STEP_S = 0.03
-"""Slow enough that requests still run when they are told to move, and that they go on while their blocks travel."""
+"""Slow enough that requests go on while their blocks travel."""
+HELD = len(prompt(0)) + 1
+"""Tokens of a request that runs and has decoded none: so they wait for each other, and for being told to move."""
+ON_THE_WAY = HELD + LENGTH // 2
+"""Tokens of a request before one of the workers has struck itself: none ends sooner."""
 
 HANDOVER: dict[str, object] = {"lease_s": LEASE_S, "frame_bytes": 64}
 
@@ -33,7 +38,7 @@ SHARES = [
 
 async def _move(point: str, number: int, transport: str) -> None:
     """Requests run on one decode worker; another comes; the first is drained, and one of the two strikes itself."""
-    sick = Sick("sick", Role.DECODE, point, number, {**HANDOVER, "transport": transport}, STEP_S)
+    sick = Sick("sick", Role.DECODE, point, number, {**HANDOVER, "transport": transport}, STEP_S, HELD)
     async with scene(sick) as made:
         leaves = await made.admit() if point in SOURCE | MOVING else await made.healthy("decode-0", Role.DECODE)
         await made.healthy("prefill-0", Role.PREFILL)
@@ -42,8 +47,10 @@ async def _move(point: str, number: int, transport: str) -> None:
         await until(leaves, lambda report: report.sequences == RUNNING)
         _ = await made.admit() if point in TARGET else await made.healthy("decode-1", Role.DECODE)
         await made.ready(3)
+        made.reach(ON_THE_WAY)
         made.fleet.add(leaves, "leaving")
         await made.process.struck()
+        made.reach(math.inf)
         await made.healthy("decode-2", Role.DECODE)
         await _end(made, running)
 

@@ -4,7 +4,6 @@ oracle's tokens, a worker dies as one, and the books of all balance afterwards."
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import random
 from collections.abc import AsyncIterator
@@ -24,7 +23,6 @@ LEASE_S = 1.0
 KILLS = 6
 CLIENTS = 8
 LENGTH = 30
-BUSY_S = 0.5
 
 
 class RankedWorker:
@@ -54,7 +52,7 @@ class RankedWorker:
         """One process is ended, and the others end with it."""
         self.ranks[rank].kill()
         for each in self.ranks:
-            await asyncio.to_thread(each.join, 5.0)
+            await asyncio.to_thread(each.join, CASE_S)
             assert not each.is_alive(), "a rank has outlived its worker"
         self._fleet.remove(self.ref)
 
@@ -85,11 +83,19 @@ async def workers(prefill: int, decode: int, transport: str) -> AsyncIterator[tu
             process.kill()
 
 
-async def busy(worker: RankedWorker) -> None:
-    """Until it has something to do; not for long, because it may be others' turn."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(BUSY_S):
-            await until(worker.ref, lambda r: r.sequences + r.handovers > 0)
+async def busy(workers: list[RankedWorker]) -> RankedWorker:
+    """The first of them that has something to do. One of those of a role soon has, while there are clients."""
+
+    async def asked(worker: RankedWorker) -> RankedWorker:
+        await until(worker.ref, lambda r: r.sequences + r.handovers > 0)
+        return worker
+
+    asking = [asyncio.create_task(asked(worker)) for worker in workers]
+    done, late = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+    return done.pop().result()
 
 
 @pytest.mark.parametrize(("prefill", "decode", "transport"), [(1, 2, "shm"), (2, 1, "tcp"), (2, 2, "grpc")])
@@ -102,9 +108,8 @@ async def test_storm(prefill: int, decode: int, transport: str) -> None:
 
     async def killer() -> None:
         for number in range(KILLS):
-            worker = made[(number + 2 * rng.randrange(2)) % len(made)]  # of the one role and of the other
             await asyncio.sleep(rng.uniform(0.05, 0.3))
-            await busy(worker)
+            worker = await busy(made[number % 2 :: 2])  # of the one role and of the other
             await worker.kill(rng.randrange(len(worker.ranks)))
             await worker.start()
 

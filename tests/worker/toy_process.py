@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +26,7 @@ from baton.common.messages import Commit, Committed, Filled, Move, Reserve, Rese
 from baton.common.types import Role
 from baton.decode.role import DecodeRole
 from baton.engine.mailbox import FromRouter, FromSource, FromTarget, Inbox
+from baton.engine.plan import StepPlan
 from baton.kvtransfer import pair
 from baton.kvtransfer.pair import Pair
 from baton.kvtransfer.process_group import ProcessGroups
@@ -36,7 +40,7 @@ PR_SET_PDEATHSIG = 1
 @dataclass(frozen=True)
 class Sick:
     """What the process is told: who it is, where it strikes itself (a key of `POINTS`), and by which signal. `step_s`:
-    how long each of its steps takes at least."""
+    how long each of its steps takes at least. `reach`: see `Reach`; the process hears of another one by its pipe."""
 
     name: str
     role: Role
@@ -44,6 +48,25 @@ class Sick:
     signal: int
     handover: dict[str, object]
     step_s: float = 0.0
+    reach: float = math.inf
+
+
+@dataclass
+class Reach:
+    """So many tokens a request may have, prompt and all, until it may have more: what shall happen while it runs
+    happens before its end, however slow or fast the machine."""
+
+    tokens: float = math.inf
+
+    def of(self, worker: Worker) -> None:
+        """Its decode role plans no token while one of its requests has as many."""
+        for role in worker.loop.roles:
+            if isinstance(role, DecodeRole):
+                role.plan = partial(self._plan, role, role.plan)  # type: ignore[method-assign]
+
+    def _plan(self, role: DecodeRole, plan: Callable[[StepPlan, float], None], step: StepPlan, now: float) -> None:
+        if all(len(sequence.tokens) < self.tokens for sequence in role._planner.running):
+            plan(step, now)
 
 
 When = Callable[..., bool]
@@ -232,7 +255,16 @@ async def _run(sick: Sick, says: Connection) -> None:
     config = worker_config(sick.name, sick.role, **sick.handover)
     worker = Worker(config, toy_engine(config.handover.lease_s, sick.step_s), RealClock())
     POINTS[sick.point](worker, Strike(sick.signal, says))
+    reach = Reach(sick.reach)
+    reach.of(worker)
+    threading.Thread(target=_heed, args=(reach, says), daemon=True).start()
     await worker.start()
     threading.Thread(target=worker.loop.run, args=(threading.Event(),), daemon=True).start()
     says.send(worker.ref)
     await asyncio.Event().wait()
+
+
+def _heed(reach: Reach, says: Connection) -> None:
+    with contextlib.suppress(EOFError):
+        while True:
+            reach.tokens = says.recv()
