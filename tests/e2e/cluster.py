@@ -135,14 +135,15 @@ class Cluster:
         return dict(re.findall(r"(\S+) info ready at (\S+),", self.serve.output))
 
     async def quiet(self) -> None:
-        """Within `QUIET_S` everything is given back on every worker, and the books balance all the time."""
+        """Within `QUIET_S` the router holds no request, everything is given back on every worker, and the books balance
+        all the time."""
         deadline = time.monotonic() + QUIET_S
         while True:
-            reports = await self.reports()
+            reports, held = await self.reports(), await self.metric("baton_router_requests")
             assert all(report.ok for report in reports.values()), reports
-            if all(map(_idle, reports.values())):
+            if all(map(_idle, reports.values())) and not held:
                 return
-            assert time.monotonic() < deadline, f"not quiet after {QUIET_S:g} s: {reports}"
+            assert time.monotonic() < deadline, f"not quiet after {QUIET_S:g} s: {reports}, {held:g} at the router"
             await asyncio.sleep(0.05)
 
     async def whole(self, workers: int, timeout_s: float = 60.0) -> None:
