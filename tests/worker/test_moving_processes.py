@@ -19,7 +19,7 @@ RUNNING = 4
 LENGTH = 40
 LATER = 8
 """Of those that come while a frozen one wakes."""
-STEP_S = 0.03
+STEP_S = 0.01
 """Slow enough that requests go on while their blocks travel."""
 HELD = len(prompt(0)) + 1
 """Tokens of a request that runs and has decoded none: so they wait for each other, and for being told to move."""
