@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import TransportFailed
 from ..common.kv_format import KvFormat
+from .mapping import in_huge_pages, mapped
 
 SLOTS = 4096
 """Handovers that can be open at a time, over all targets."""
@@ -41,8 +42,8 @@ def available() -> bool:
 
 
 class SharedMemory:
-    """See `fetched.Shared`. `memory`: `size` bytes, zeroed; pages become real when they are first written. Made once,
-    for a process's life. Raises `OSError` where the system has no room for it."""
+    """See `fetched.Shared`. `memory`: `size` bytes, zeroed: in huge pages, and so real from the start, where
+    the system has them. Made once, for a process's life. Raises `OSError` where the system has no room for it."""
 
     transport = "shm"
 
@@ -50,7 +51,8 @@ class SharedMemory:
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._file = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._file, whole + _TAIL)
-        everything = np.frombuffer(mmap.mmap(self._file, whole + _TAIL), dtype=np.uint8)
+        everything = mapped(self._file, whole + _TAIL, writable=True)
+        in_huge_pages(everything[:whole])
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, seals)
         self.memory: NDArray[np.uint8] = everything[:size]
@@ -98,12 +100,11 @@ class PeerMemory:
                     raise TransportFailed("the peer's pool could shrink under its reader")
                 if os.fstat(file).st_size != whole + _TAIL:
                     raise TransportFailed("the peer's pool has another size than it says")
-                mapped = mmap.mmap(file, whole + _TAIL, prot=mmap.PROT_READ)
+                everything = mapped(file, whole + _TAIL, writable=False)
             finally:
                 os.close(file)
         except OSError as error:  # another container, another user, or the peer is gone
             raise TransportFailed(f"the peer's pool cannot be seen: {error}") from error
-        everything = np.frombuffer(mapped, dtype=np.uint8)
         self.memory: NDArray[np.uint8] = everything[:size]
         tail = everything[whole:].view(np.uint64)
         self._slots: NDArray[np.uint64] = tail[:SLOTS]
