@@ -4,6 +4,7 @@ interprets its kernels; and several processes may share the tests (`make test` r
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ if not torch.cuda.is_available():  # before anything imports Triton, which looks
 
 E2E = Path(__file__).parent / "e2e"
 E2E_TIMEOUT_S = 400
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """An engine sets the number of torch's threads of its process. No later test computes with what one left behind:
+    two threads on cores that are busy wait for each other at every operation, which takes ten times as long."""
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -49,7 +49,7 @@ def test_drifting_logprobs_are_wrong_even_where_tokens_agree():
 
 def test_generate_gives_the_same_in_chunks_of_any_size(tmp_path):
     path = make_checkpoint(tmp_path)
-    config = EngineConfig(model=str(path), threads=2, device="cpu", kv_memory=8 << 20, max_batch_tokens=64)
+    config = EngineConfig(model=str(path), threads=1, device="cpu", kv_memory=8 << 20, max_batch_tokens=64)
     engine = build_engine(config, lambda share: None)
     prompts = [[3 + (7 * i + j) % 300 for j in range(20 + 30 * i)] for i in range(3)]
 
@@ -156,7 +156,7 @@ def test_times_are_of_one_call_and_ceilings_are_rates() -> None:
 
 def test_a_closed_loop_keeps_so_many_requests_and_leaves_nothing(tmp_path: Path) -> None:
     config = EngineConfig(
-        model=str(make_checkpoint(tmp_path)), threads=2, device="cpu", kv_memory=8 << 20, max_batch_tokens=64
+        model=str(make_checkpoint(tmp_path)), threads=1, device="cpu", kv_memory=8 << 20, max_batch_tokens=64
     )
     engine = build_engine(config, lambda share: None)
     with closed_loop(engine, Load(6, 20, 12), 64, overlap=False) as loop:

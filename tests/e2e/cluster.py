@@ -28,6 +28,8 @@ QUIET_S = 2.0
 CLUSTER_TOKEN = "of-these-tests"
 OUTPUT = 64
 """Tokens of an answer, unless said otherwise."""
+BRIEF = 24
+"""Tokens of an answer where its length is not the point: it still goes on in another block than it began in."""
 
 
 @dataclass(slots=True)

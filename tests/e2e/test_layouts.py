@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import connected, running
+from tests.e2e.cluster import BRIEF, connected, running
 from tests.e2e.prompts import user
 from tests.e2e.reference import Judge
 from tests.e2e.test_reference import EVERY_KIND, check
@@ -20,7 +20,7 @@ async def test_block_sizes_need_not_match(judge: Judge, tmp_path: Path) -> None:
     config = "prefill_engine: {block_size: 32}\ndecode_engine: {block_size: 48}"
     with running(tmp_path, *FLAGS, config=config) as serve:
         async with connected(serve) as cluster:
-            check(judge, EVERY_KIND, await cluster.ask_all(EVERY_KIND))
+            check(judge, EVERY_KIND, await cluster.ask_all(EVERY_KIND, max_tokens=BRIEF), BRIEF)
             assert await cluster.metric("baton_handovers_total") > len(EVERY_KIND) / 2
             await cluster.quiet()
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from baton.common.json_form import from_json
 from baton.deploy import models
 from baton.deploy.control.status import ClusterStatus
-from tests.e2e.cluster import Answer, Cluster, connected, running
+from tests.e2e.cluster import BRIEF, Answer, Cluster, connected, running
 from tests.e2e.prompts import ALL, LONG, Prompt
 from tests.e2e.reference import Judge, Tokens
 from tests.e2e.serving import Serve
@@ -28,7 +28,7 @@ from tests.e2e.serving import Serve
 pytestmark = pytest.mark.timeout(300)
 
 STREAMS = 16
-TOKENS = 32
+TOKENS = BRIEF
 OPERATION_S = 120.0
 """How long an operation may take: workers load a model meanwhile, on cores that are busy."""
 PROMPTS: list[Prompt] = [prompt for prompt in ALL if prompt not in LONG][:STREAMS]

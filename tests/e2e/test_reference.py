@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import OUTPUT, Answer, Cluster, connected, running
+from tests.e2e.cluster import BRIEF, OUTPUT, Answer, Cluster, connected, running
 from tests.e2e.prompts import ALL, CHAT, CODE, LONG, SHORT, UNICODE, Prompt
 from tests.e2e.reference import Judge
 
@@ -50,7 +50,7 @@ async def test_16_at_once(pair: Cluster, judge: Judge) -> None:
 
 
 async def test_alone(pair: Cluster, judge: Judge) -> None:
-    check(judge, EVERY_KIND, [await pair.ask(prompt) for prompt in EVERY_KIND])
+    check(judge, EVERY_KIND, [await pair.ask(prompt, max_tokens=BRIEF) for prompt in EVERY_KIND], BRIEF)
 
 
 async def test_from_the_prefix_cache(pair: Cluster, judge: Judge) -> None:
@@ -58,8 +58,8 @@ async def test_from_the_prefix_cache(pair: Cluster, judge: Judge) -> None:
     long = [prompt for prompt in ALL if len(judge.encode(prompt)) > 32]
     await pair.ask_all(long, max_tokens=1)
     skipped = await pair.metric("baton_handover_skipped_blocks_total")
-    answers = await pair.ask_all(long)
-    check(judge, long, answers)
+    answers = await pair.ask_all(long, max_tokens=BRIEF)
+    check(judge, long, answers, BRIEF)
     for prompt, answer in zip(long, answers, strict=True):
         length = len(judge.encode(prompt))
         assert answer.cached == (length - 1) // 16 * 16
@@ -70,10 +70,10 @@ async def test_colocated(judge: Judge, tmp_path: Path) -> None:
     flags = ("--colocated", "1", "--threads", "1", "--max-batch-tokens", str(CHUNK), "--kv-memory", "256MiB")
     with running(tmp_path, *flags) as serve:
         async with connected(serve) as cluster:
-            check(judge, ALL, await cluster.ask_all(ALL))
+            check(judge, ALL, await cluster.ask_all(ALL, max_tokens=BRIEF), BRIEF)
             check(judge, EVERY_KIND[:3], [await cluster.ask(prompt) for prompt in EVERY_KIND[:3]])
-            again = await cluster.ask_all(LONG)
-            check(judge, LONG, again)
+            again = await cluster.ask_all(LONG, max_tokens=BRIEF)
+            check(judge, LONG, again, BRIEF)
             assert min(answer.cached for answer in again) >= 64
             assert await cluster.metric("baton_handovers_total") == 0
             await cluster.quiet()

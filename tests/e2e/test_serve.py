@@ -26,6 +26,8 @@ QUESTION = {
     "max_tokens": 16,
     "temperature": 0,
 }
+ONE_WORKER = ("--colocated", "1", "--threads", "1")
+"""With a thread for each core it would wait for those that other tests keep busy."""
 STREAM = {"model": "demo", "prompt": "Count: one, two, three,", "temperature": 0, "stream": True, "ignore_eos": True}
 
 
@@ -71,7 +73,7 @@ def test_worker_ports_are_on_loopback_only(demo: Serve) -> None:
 
 
 def test_sigterm_finishes_what_has_begun_and_leaves_nothing(start: Start) -> None:
-    serve = start("--colocated", "1").wait_ready()
+    serve = start(*ONE_WORKER).wait_ready()
     with httpx.stream("POST", f"{serve.url}/v1/completions", json=STREAM | {"max_tokens": 24}, timeout=60) as reply:
         lines = reply.iter_lines()
         assert next(lines).startswith("data: ")
@@ -81,7 +83,7 @@ def test_sigterm_finishes_what_has_begun_and_leaves_nothing(start: Start) -> Non
 
 
 def test_a_second_ctrl_c_does_not_wait(start: Start) -> None:
-    serve = start("--colocated", "1").wait_ready()
+    serve = start(*ONE_WORKER).wait_ready()
     with httpx.stream("POST", f"{serve.url}/v1/completions", json=STREAM | {"max_tokens": 2000}, timeout=60) as reply:
         assert next(reply.iter_lines()).startswith("data: ")
         began = time.monotonic()

@@ -1,4 +1,5 @@
-"""The same request, the same bits: log-probabilities and KV, whatever else is computed and whoever goes on with it.
+"""The same request, the same bits: log-probabilities and KV, whatever else is computed, whoever goes on with it, and
+with however many threads.
 
 On a CPU that is the compiled operations, which never do otherwise; `tests/gpu` asks the same of a GPU's."""
 
@@ -23,7 +24,7 @@ LENGTH = 62
 
 
 def start(checkpoint: Path, **settings: object) -> Engine:
-    defaults = {"threads": 2, "device": "cpu", "kv_memory": 4 << 20, "max_batch_tokens": 64, "deterministic": True}
+    defaults = {"threads": 1, "device": "cpu", "kv_memory": 4 << 20, "max_batch_tokens": 64, "deterministic": True}
     engine = build_engine(EngineConfig(model=str(checkpoint), **(defaults | settings)), lambda share: None)
     if engine.runner.operations == "torch":
         pytest.skip("there is no C compiler")
@@ -85,8 +86,8 @@ def test_computed_again_after_a_preemption(engine: Engine, alone: list[Sampled |
 
 
 def test_handed_over(engine: Engine, alone: list[Sampled | None], tmp_path: Path) -> None:
-    """Another engine goes on, over a copy of the prompt's KV in other blocks."""
-    target = start(make_checkpoint(tmp_path, "llama"))
+    """Another engine goes on, with two threads, over a copy of the prompt's KV in other blocks."""
+    target = start(make_checkpoint(tmp_path, "llama"), threads=2)
     assert target.fingerprint == engine.fingerprint
     owner, taken = made(41), made(101)
     found = step(engine, (owner, owner.missing))

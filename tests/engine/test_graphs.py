@@ -63,7 +63,7 @@ def recorded(checkpoint: Path) -> tuple[TorchRunner, Recorder, Rank]:
 
 
 def load(checkpoint: Path) -> Rank:
-    config = EngineConfig(model=str(checkpoint), threads=2, device="cpu", kv_memory=4 << 20, max_batch_tokens=64)
+    config = EngineConfig(model=str(checkpoint), threads=1, device="cpu", kv_memory=4 << 20, max_batch_tokens=64)
     return load_rank(config, lambda share: None)
 
 

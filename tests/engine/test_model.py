@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def start(path: Path, **settings: Any) -> Engine:
     """An engine with a pool that holds a few hundred tokens; `settings` are fields of `EngineConfig`."""
-    defaults = {"model": str(path), "threads": 2, "device": "cpu", "kv_memory": 4 << 20, "max_batch_tokens": 64}
+    defaults = {"model": str(path), "threads": 1, "device": "cpu", "kv_memory": 4 << 20, "max_batch_tokens": 64}
     return build_engine(EngineConfig(**(defaults | settings)), lambda share: None)
 
 
