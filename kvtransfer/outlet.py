@@ -1,9 +1,9 @@
 """The source's side of all transports: what is offered goes to lanes, one for each rank of each target.
 
 The engine loop only puts things into queues; a lane's thread cuts, reads and sends. At most `window_frames` times
-`frame_bytes` of a lane are under way without their credit, in smaller frames where its transport wants them: that
-bounds memory on both sides and shares a target fairly among its sources. Control messages have a way of
-their own, so that a cancel overtakes the bulk.
+`frame_bytes` of a lane are under way without their credit, in more frames where they are shorter: that bounds memory on
+both sides, keeps both busy, and shares a target fairly among its sources. Control messages have a way of their own, so
+that a cancel overtakes the bulk.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ STAGED_BYTES = {"tcp": 2 << 20}
 process groups a message costs more than that gains."""
 
 FETCHED_AHEAD = {"shm": 2}
-"""Frames in flight at most, by transports whose target copies what the source has only hashed. The hash is what brings
-the bytes into the cache that both ends share; a source that is further ahead drives them out again before they are
-copied, and then the hash costs a tenth of the transfer, where it costs nothing otherwise."""
+"""Whole frames in flight at most, by transports whose target copies what the source has only hashed. The hash is what
+brings the bytes into the cache that both ends share; a source that is further ahead drives them out again before they
+are copied, and then the hash costs a tenth of the transfer, where it costs nothing otherwise."""
+
+MOST_UNDER_WAY = 16
+"""Frames in flight at most, however small they are."""
 
 MakeGiver = Callable[[str, Endpoint, Route], Giver]
 """(transport, target, route) → a giver to that rank of it, connected. Called on the lane's thread. Raises
@@ -210,7 +213,7 @@ class _Lane:
         self._queue: deque[_Share] = deque()
         self._under_way: deque[tuple[_Transfer, int]] = deque()
         ahead = min(config.window_frames, FETCHED_AHEAD.get(transport, config.window_frames))
-        self._window = ahead * max(1, config.frame_bytes // max(frame, self._piece))
+        self._window = self._room = ahead * max(config.frame_bytes, self._piece)
         self._change = threading.Condition()
         self._giver: Giver | None = None
         self._stopped = False
@@ -285,15 +288,21 @@ class _Lane:
         share.computed()  # without the lock, which the engine loop may want
         for layer in share.layers:
             for i, part in parts:
-                if not (self._has_room() and self._send(giver, share.transfer, layer, share.offer.first + i, part)):
+                size = part.count * self._piece
+                if not self._has_room(size):
+                    return
+                if not self._send(giver, share.transfer, layer, share.offer.first + i, part):
                     return
 
-    def _has_room(self) -> bool:
-        """Wait until the window has room for a frame. False: stop."""
+    def _has_room(self, size: int) -> bool:
+        """Wait until the window has room for a frame of so many bytes. False: stop."""
         with self._change:
-            if not self._change.wait_for(lambda: len(self._under_way) < self._window or self._ended, self._patience):
-                raise WorkerLost(f"{self._window} frames are under way and no answer comes")
+            if not self._change.wait_for(lambda: self._fits(size) or self._ended, self._patience):
+                raise WorkerLost(f"{len(self._under_way)} frames are under way and no answer comes")
             return not self._ended
+
+    def _fits(self, size: int) -> bool:
+        return size <= self._room and len(self._under_way) < MOST_UNDER_WAY
 
     def _send(self, giver: Giver, transfer: _Transfer, layer: int, first: int, part: Cut) -> bool:
         """Whether the handover is still open."""
@@ -304,6 +313,7 @@ class _Lane:
         self._trace.left(transfer.id, layer)
         with self._change:
             self._under_way.append((transfer, header.size))
+            self._room -= header.size
         giver.give(header)
         return True
 
@@ -319,6 +329,7 @@ class _Lane:
             if count > len(self._under_way):
                 raise TransportFailed("more answers than frames")
             answered = [self._under_way.popleft() for _ in range(count)]
+            self._room += sum(size for _, size in answered)
             self._change.notify_all()
         for transfer, size in answered:  # without what the engine loop wants: a frame that is made has this lock
             with transfer.lock:

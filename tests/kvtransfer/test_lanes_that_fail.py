@@ -91,22 +91,6 @@ def test_a_connection_is_let_go_when_both_threads_have_ended() -> None:
     assert giver.released.wait(20)
 
 
-def test_the_window_counts_bytes_also_where_one_block_is_more_than_a_frame() -> None:
-    """A piece is not split, whatever a frame should hold."""
-    config = HandoverConfig(frame_bytes=4 * FORMAT.block_bytes, window_frames=3)
-    store: Any = SimpleNamespace(format=FORMAT, rank=0)
-
-    def window(frame_bytes: int) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("baton.kvtransfer.outlet.STAGED_BYTES", {"tcp": frame_bytes})
-            made = LaneOutlet(store, config, ManualClock(), raises(WorkerLost("nobody")), lambda _: None)
-            made.open(1, 1, TARGET, "tcp")
-            (lane,) = made._transfers[1].lanes
-            return lane._window
-
-    assert [window(n * FORMAT.block_bytes // 4) for n in (16, 8, 4, 1)] == [3, 6, 12, 12]
-
-
 @pytest.mark.parametrize(("transport", "asked", "kept"), [("shm", 3, 2), ("shm", 1, 1), ("cuda-ipc", 3, 3)])
 def test_a_source_does_not_drive_what_it_has_hashed_out_of_the_cache(transport: str, asked: int, kept: int) -> None:
     store: Any = SimpleNamespace(format=FORMAT, rank=0)
@@ -114,7 +98,17 @@ def test_a_source_does_not_drive_what_it_has_hashed_out_of_the_cache(transport: 
     made = LaneOutlet(store, config, ManualClock(), raises(WorkerLost("nobody")), lambda _: None)
     made.open(1, 1, TARGET, transport)
     (lane,) = made._transfers[1].lanes
-    assert lane._window == kept
+    assert lane._window == kept * config.frame_bytes
+
+
+def test_a_block_that_is_more_than_a_frame_fits_the_window() -> None:
+    """A piece is not split, whatever a frame should hold."""
+    store: Any = SimpleNamespace(format=FORMAT, rank=0)
+    config = HandoverConfig(frame_bytes=FORMAT.block_bytes // 4, window_frames=3)
+    made = LaneOutlet(store, config, ManualClock(), raises(WorkerLost("nobody")), lambda _: None)
+    made.open(1, 1, TARGET, "tcp")
+    (lane,) = made._transfers[1].lanes
+    assert lane._window == 3 * FORMAT.block_bytes
 
 
 def test_what_failed_long_ago_or_for_those_who_are_gone_is_forgotten() -> None:

@@ -17,7 +17,7 @@ from baton.common.errors import WorkerLost
 from baton.common.kv_format import KvFormat
 from baton.common.messages import TransportBroken
 from baton.kvtransfer.layout import Cut
-from baton.kvtransfer.outlet import LaneOutlet
+from baton.kvtransfer.outlet import MOST_UNDER_WAY, LaneOutlet
 from baton.kvtransfer.transport import Offer
 from baton.kvtransfer.wire import FrameHeader
 from tests.toy import endpoint
@@ -86,12 +86,13 @@ END = 0
 class Recorder:
     """A giver whose target answers when the test says so: `answers` gets numbers of credits, and `END`."""
 
+    piece: int = 0
     prepared: queue.SimpleQueue[tuple[int, int, int, list[int]]] = field(default_factory=queue.SimpleQueue)
     answers: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue)
 
     def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
         self.prepared.put((handover_id, layer, first, list(part.blocks)))
-        return FrameHeader(handover_id, attempt, layer, first, part.count, 100 * part.count, b"")
+        return FrameHeader(handover_id, attempt, layer, first, part.count, self.piece * part.count, b"")
 
     def give(self, header: FrameHeader) -> None:
         """It leaves."""
@@ -122,6 +123,7 @@ def recorded(
     """An outlet with handover 1 open, to a target with blocks of `target_size` tokens. Two of these fit a frame."""
     store: Any = SimpleNamespace(format=FORM, rank=0, mark=lambda: lambda: None)
     form, giver = replace(FORM, block_size=target_size), giver or Recorder()
+    giver.piece = form.block_bytes
     config = HandoverConfig(frame_bytes=2 * form.block_bytes, window_frames=window)
     outlet = LaneOutlet(store, config, ManualClock(), lambda *_: giver, lambda event: None)  # type: ignore[arg-type]
     outlet.open(1, 1, replace(endpoint("decode-0"), format=form), "tcp")
@@ -158,7 +160,7 @@ def test_an_offer_is_as_many_frames_as_it_counts(
             giver.answers.put(1)
             assert settled(lambda done=done: outlet.pending(1) == frames - done)  # type: ignore[misc]
         giver.answers.put(1)
-        assert settled(lambda: outlet.progress(1) == 2 * 100 * cut.count) and outlet.pending(1) == 0
+        assert settled(lambda: outlet.progress(1) == 2 * giver.piece * cut.count) and outlet.pending(1) == 0
         assert giver.prepared.empty()
 
 
@@ -184,9 +186,36 @@ def test_a_lane_waits_for_credits_when_its_window_is_full() -> None:
         outlet.offer(Offer(1, 0, Cut((5, 6, 7), 0, 3)))
         assert giver.sees(2) == [(1, 0, 0, [5, 6]), (1, 0, 2, [7])]
         (lane,) = outlet._lanes.values()
-        assert settled(lambda: len(lane._under_way) == lane._window == 2) and giver.prepared.empty()
+        assert settled(lambda: len(lane._under_way) == 2) and giver.prepared.empty()
         giver.answers.put(2)
         assert giver.sees(2) == [(1, 1, 0, [5, 6]), (1, 1, 2, [7])]
+
+
+def test_the_window_counts_bytes_so_that_short_frames_keep_the_target_as_busy() -> None:
+    with recorded(window=2) as (outlet, giver):
+        for block in range(4):
+            outlet.stage([Offer(1, block, Cut((block,), 0, 1))])
+            outlet.layer(0)
+        outlet.stage([Offer(1, 4, Cut((4, 5), 0, 2))])
+        outlet.layer(0)
+        assert giver.sees(4) == [(1, 0, block, [block]) for block in range(4)]
+        (lane,) = outlet._lanes.values()
+        giver.answers.put(1)
+        assert settled(lambda: len(lane._under_way) == 3) and giver.prepared.empty(), "no room for two"
+        giver.answers.put(1)
+        assert giver.sees(1) == [(1, 0, 4, [4, 5])]
+
+
+def test_there_is_a_bound_on_short_frames_as_well() -> None:
+    with recorded(window=MOST_UNDER_WAY) as (outlet, giver):
+        for block in range(MOST_UNDER_WAY + 1):
+            outlet.stage([Offer(1, block, Cut((block,), 0, 1))])
+            outlet.layer(0)
+        assert giver.sees(MOST_UNDER_WAY)[-1] == (1, 0, MOST_UNDER_WAY - 1, [MOST_UNDER_WAY - 1])
+        (lane,) = outlet._lanes.values()
+        assert settled(lambda: len(lane._under_way) == MOST_UNDER_WAY) and giver.prepared.empty()
+        giver.answers.put(1)
+        assert giver.sees(1) == [(1, 0, MOST_UNDER_WAY, [MOST_UNDER_WAY])]
 
 
 def test_a_frame_that_is_made_keeps_nobody_from_offering_more() -> None:
