@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from more, which would wait for each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where there are more, who waits leaves the core to others
 import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton, which looks at this once
