@@ -99,7 +99,12 @@ class Judge:
 
     def check(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> None:
         """Fail unless every (prompt, output) is the reference's, but for a few positions that are close."""
-        verdicts = list(self.pool.map(lambda pair: self.verdict(*pair), pairs))
+        asked: dict[Tokens, list[Tokens]] = {}
+        for prompt, output in sorted(pairs, key=lambda pair: len(pair[1]), reverse=True):
+            asked.setdefault(prompt, []).append(output)
+        # The longest output of a prompt comes first: if all is well, the others are parts of it.
+        list(self.pool.map(lambda prompt: [self.verdict(prompt, output) for output in asked[prompt]], asked))
+        verdicts = [self.verdict(*pair) for pair in pairs]
         for (prompt, output), verdict in zip(pairs, verdicts, strict=True):
             assert not verdict.wrong, (
                 f"differs from the reference at {verdict.wrong} after the prompt {self.decode(prompt)[:80]!r} of "
