@@ -61,6 +61,14 @@ INLINE lanes load(const uint8_t *p)
     return x;
 }
 
+/* The same of memory to which others may write meanwhile. Without `volatile` GCC reads the same bytes again for each
+ * instruction that can have them as its operand, and then the sum is not that of what is stored. */
+INLINE lanes load_once(const uint8_t *p)
+{
+    typedef lanes anywhere __attribute__((aligned(1), may_alias));
+    return *(const volatile anywhere *)p;
+}
+
 INLINE lanes swap_neighbours(lanes x)
 {
 #if defined(__AVX512F__)
@@ -149,7 +157,7 @@ INLINE void run(sums *s, const uint8_t *from, uint8_t *to, const uint8_t *fetch,
         __builtin_prefetch(fetch + i * STRIPE, 0, put == STREAMED ? 0 : 2); /* past the caches or into the second */
         for (int v = 0; v < VECTORS; v++) {
             long at = i * STRIPE + v * WIDTH;
-            lanes x = load(from + at);
+            lanes x = load_once(from + at);
             if (check) s->v[v] += product(x ^ load(key + i * 8 + v * WIDTH)) + swap_neighbours(x);
             if (put == CACHED) memcpy(to + at, &x, WIDTH);
             if (put == STREAMED) stream(to + at, x);

@@ -20,7 +20,6 @@ from baton.kernels import move
 MEMORY = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8)
 SIZES = st.one_of(st.integers(0, 40).map(lambda n: 64 * n), st.integers(0, 2500), st.sampled_from([8192, 24_576]))
 
-
 BUILDS = {"cached": (), "streamed": ()}  # flags of the compiler
 if platform.machine() == "x86_64":
     BUILDS |= {"without AVX-512": ("-mno-avx512f",), "without AVX2": ("-mno-avx2",)}
@@ -188,6 +187,30 @@ def test_several_threads_at_once(way: None) -> None:
     for thread in threads:
         thread.join(60)
     assert found == [right] * 20
+
+
+@pytest.mark.parametrize("way", BUILDS, indirect=True)
+def test_sums_are_those_of_what_was_stored_while_somebody_writes_to_the_source(way: None) -> None:
+    """So long that both threads meet: a copy that reads a number twice, for its sum and to store it, is seen."""
+    size, pieces = 256, 20_000
+    source, target, others = aligned(4 * size), aligned(pieces * size), MEMORY[: 8 * size]
+    there, into = (move.Places(move.Grid(0, size, 0, 1, n), np.arange(pieces) % n) for n in (4, pieces))
+    by_turns = move.Places(move.Grid(0, size, 0, 1, 8), np.arange(pieces) % 8)
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            move.copy(others, by_turns, source, there, size, checked=False, passing=True)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(30):
+            sums = move.copy(source, there, target, into, size)
+            assert np.array_equal(sums, move.checksums(target, into, size))
+    finally:
+        over.set()
+        writer.join(60)
 
 
 def test_without_a_compiler_there_is_a_line_in_the_log(
