@@ -95,7 +95,6 @@ class _Carried:
         data = batch.data.numpy().copy()
         self._bytes = data.data
         to = batch.layout.cut(data, np.int64, np.int32)
-        to.tokens[:] = 0
         to.drawn[:count] = np.arange(count)
         self._positions, self._lengths, self._slots = to.positions[:count], to.lengths[:count], to.slots[:count]
         self._tables, self._begins = to.tables, to.table_starts.tolist()
