@@ -25,7 +25,7 @@ class EngineConfig:
     block_size: int = 16
     kv_memory: int = 0
     """Bytes of the KV pool, of each rank. 0: 1 GiB on a CPU; on a GPU all that is free once weights, the largest step
-    and graphs have what they need."""
+    and graphs have what they need. Held from the start, on a CPU where the system has huge pages."""
     device_memory: float = 1.0
     """Share of a GPU's memory that this worker may use, all told. Workers that share a GPU share its memory: less than
     0.5 each where there are two. Counts where `kv_memory` is 0."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .rank import Rank
 
 CPU_KV_MEMORY = 1 << 30
-"""Of a worker on a CPU that is not told how much: a laptop has other things to do."""
+"""Of a worker on a CPU that is not told how much, which may hold it from the start: a laptop has other things to do."""
 
 _CONTEXT = 512 << 20
 """What a process's context, its kernels and libraries take of a GPU; torch does not count it."""

@@ -103,7 +103,7 @@ class PeerMemory:
                 everything = mapped(file, whole + _TAIL, writable=False)
             finally:
                 os.close(file)
-        except OSError as error:  # another container, another user, or the peer is gone
+        except (OSError, OverflowError) as error:  # another container, another user, the peer is gone, or it lies
             raise TransportFailed(f"the peer's pool cannot be seen: {error}") from error
         self.memory: NDArray[np.uint8] = everything[:size]
         tail = everything[whole:].view(np.uint64)

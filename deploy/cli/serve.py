@@ -30,7 +30,8 @@ def serve(
     kv_memory: Annotated[
         str | None,
         typer.Option(
-            help="KV pool of each worker (of each rank): 512MiB, 2GiB.", show_default="1 GiB, on a GPU what is free"
+            help="KV pool of each worker (of each rank), held from the start: 512MiB, 2GiB.",
+            show_default="1 GiB, on a GPU what is free",
         ),
     ] = None,
     device_memory: Annotated[
