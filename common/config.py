@@ -74,7 +74,8 @@ class HandoverConfig:
     """Payload of one data frame at most: large, because each frame costs some 100 µs of Python beside its bytes."""
     window_frames: int = 3
     """Credits: at most so many times `frame_bytes` are in flight from one source's rank to one target's. Enough that
-    neither end waits. By shared memory it is two at most (`kvtransfer/outlet.py`)."""
+    neither end waits. By shared memory it is two at most, and there are never more than 16 frames, however small
+    (`kvtransfer/outlet.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

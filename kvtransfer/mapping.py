@@ -2,8 +2,8 @@
 
 Blocks of a pool are read here and there. Of pages of 4 KiB a pool of 4 GiB has a million, and where they lie takes as
 long to find out as what they hold; of pages of 2 MiB it has two thousand. Linux gives a memory file huge pages when it
-is asked for them outright (madvise with MADV_COLLAPSE, since 6.1), however `shmem_enabled` is set, and every process
-that maps the file at a multiple of their size finds its way by them.
+is asked for them outright (madvise with MADV_COLLAPSE, since 6.1), whatever `shmem_enabled` is but deny, and every
+process that maps the file at a multiple of their size finds its way by them.
 """
 
 from __future__ import annotations

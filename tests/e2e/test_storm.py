@@ -105,6 +105,7 @@ async def test_a_client_leaves_while_its_prompt_is_handed_over(pair: Cluster) ->
     aborted = await pair.metric(ABORTS)
     asking = asyncio.create_task(pair.ask(distinct(LONG[3], -1)))
     while not any(report.handovers for report in (await pair.reports()).values()):
+        assert not asking.done(), "it was over before it was seen to be handed over"
         await asyncio.sleep(0.01)
     asking.cancel()
     await asyncio.wait({asking})
