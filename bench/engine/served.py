@@ -69,7 +69,7 @@ class ServedLoop:
         self.worker = self._do(self._start(worker_config, compute))
         asked = asking(self.worker, streams.count, streams.prompt, streams.output, engine.vocab_size)
         self._asking = self._do(self._stack.enter_async_context(asked))
-        self._until(lambda load: load.running == streams.count and not load.waiting)
+        self._until(lambda load: load.running == streams.count and not load.waiting and not load.queued_prefill_tokens)
         self.step(UNTIL_TOLD)
         self._do(self._asking.begun())
 

@@ -16,6 +16,7 @@ from baton.bench.engine.agreement import compare, generate, sequence
 from baton.bench.engine.idle import idle_of, intervals
 from baton.bench.engine.limits import Costs, decode_step_s, prefill_s, throughput
 from baton.bench.engine.loop import Load, closed_loop
+from baton.bench.engine.served import Streams, served_loop
 from baton.common.config import EngineConfig
 from baton.common.types import TokenLogprob
 from baton.engine.model_config import ModelConfig
@@ -178,6 +179,16 @@ def test_the_whole_bench_runs_on_a_cpu(tmp_path: Path) -> None:
     assert [(row["overlap"], row["served"]) for row in found["idle"]] == [(True, False), (False, False), (True, True)]
     assert found["idle"][2]["router"]["tokens"] >= 2 * 5  # two streams, of every step that was measured
     assert found["throughput"][0]["tokens_per_s"] > 0 and found["throughput"][0]["limit_batch"] > 1000
+
+
+def test_streams_whose_prompts_take_several_steps_are_all_under_way_when_they_are_measured(tmp_path: Path) -> None:
+    """Each runs from its first chunk on, and has no token before the last."""
+    config = EngineConfig(
+        model=str(make_checkpoint(tmp_path)), threads=1, device="cpu", kv_memory=8 << 20, max_batch_tokens=16
+    )
+    with served_loop(build_engine(config, lambda share: None), config, Streams(2, 60, 64)) as served:
+        served.step(4)
+        assert served.said()["tokens"] >= 2 * 4
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
