@@ -45,7 +45,7 @@ process groups a message costs more than that gains."""
 FETCHED_AHEAD = {"shm": 2}
 """Whole frames in flight at most, by transports whose target copies what the source has only hashed. The hash is what
 brings the bytes into the cache that both ends share; a source that is further ahead drives them out again before they
-are copied, and then the hash costs a tenth of the transfer, where it costs nothing otherwise."""
+are copied, and then the hash costs a tenth of the transfer more."""
 
 MOST_UNDER_WAY = 16
 """Frames in flight at most, however small they are."""
