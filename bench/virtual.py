@@ -36,6 +36,7 @@ from ..engine.mailbox import (
 )
 from ..engine.plan import Ended, Launched, OnLayer, StepPlan
 from ..engine.role import Context, Limits
+from ..kernels.move import Flag
 from ..kvtransfer import wire
 from ..kvtransfer.inlet import RankInlet
 from ..kvtransfer.layout import Cut, Route
@@ -147,20 +148,20 @@ class _Store:
     def buffer(self, size: int) -> memoryview:
         return memoryview(bytearray(size))
 
-    def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
-        return np.zeros(part.count, dtype=np.uint64)
+    def pack(self, layers: range, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
+        return np.zeros(len(layers) * part.count, dtype=np.uint64)
 
-    def unpack(self, layer: int, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
-        return np.zeros(len(blocks), dtype=np.uint64)
+    def unpack(self, layers: range, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
+        return np.zeros(len(layers) * len(blocks), dtype=np.uint64)
 
-    def checksums(self, layer: int, blocks: Sequence[int], route: Route) -> Checksums:
-        return np.zeros(len(blocks), dtype=np.uint64)
+    def checksums(self, layers: range, blocks: Sequence[int], route: Route) -> Checksums:
+        return np.zeros(len(layers) * len(blocks), dtype=np.uint64)
 
     def fetch(
-        self, peer: Any, peer_format: KvFormat, peer_blocks: int, layer: int, theirs: Sequence[int],
+        self, peer: Any, peer_format: KvFormat, peer_blocks: int, layers: range, theirs: Sequence[int],
         blocks: Sequence[int], route: Route,
     ) -> Checksums:  # fmt: skip
-        return np.zeros(len(blocks), dtype=np.uint64)
+        return np.zeros(len(layers) * len(blocks), dtype=np.uint64)
 
 
 class _Taker:
@@ -169,8 +170,11 @@ class _Taker:
     def fetch(self, header: wire.FrameHeader) -> None:
         """Nothing travels."""
 
-    def land(self, store: Store, header: wire.FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
-        return store.unpack(header.layer, blocks, route, memoryview(b""))
+    def land(self, store: Store, header: wire.FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+        return True
+
+    def leave(self, header: wire.FrameHeader) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -234,7 +238,7 @@ class _Outlet:
         self.under_way[offer.handover_id] -= 1
         count = offer.cut.count
         header = wire.FrameHeader(
-            offer.handover_id, self.attempts[offer.handover_id], layer, offer.first, count,
+            offer.handover_id, self.attempts[offer.handover_id], layer, 1, offer.first, count,
             count * self.worker.store.format.block_bytes, bytes(8 * count),
         )  # fmt: skip
         self.worker.peers[target.name].take(self.worker.info.ref, header)

@@ -70,12 +70,13 @@ class HandoverConfig:
     One that a pair cannot use, or that fails, gives way to the next."""
     checksums: bool = True
     """Every piece is hashed at both ends; what does not match is recomputed."""
-    frame_bytes: int = 8 << 20
-    """Payload of one data frame at most: large, because each frame costs some 100 µs of Python beside its bytes."""
-    window_frames: int = 3
-    """Credits: at most so many times `frame_bytes` are in flight from one source's rank to one target's. Enough that
-    neither end waits. By shared memory it is two at most, and there are never more than 16 frames, however small
+    frame_bytes: int = 256 << 20
+    """Payload of one data frame at most: large, because each costs some 100 µs of Python at either end beside its
+    bytes. By shared memory alone, where the two ends work on one frame together; by others 2 to 32 MiB are the most
     (`kvtransfer/outlet.py`)."""
+    window_frames: int = 3
+    """Credits: at most so many frames are in flight from one source's rank to one target's, or as many bytes in up to
+    16 shorter ones. Enough that neither end waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,10 @@
  * that a piece's last stripe overlaps no other.
  */
 
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "XXH3 reads little-endian numbers; the caller has another way"
@@ -167,23 +169,30 @@ INLINE void run(sums *s, const uint8_t *from, uint8_t *to, const uint8_t *fetch,
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 
-/* Where segments lie: segment s of piece p begins `stride` times the number of the piece's block, plus `step` times s,
- * behind `base`. Numbers are below `limit`. */
+/* Where segments lie: the same `count` blocks in each layer, layers `layer` bytes apart. Segment s of a piece begins
+ * `stride` times the number of the piece's block, plus `step` times s, behind where its layer does, and the first of them
+ * at `base`. Numbers are below `limit`. */
 typedef struct {
     uint8_t *base;
     const int64_t *blocks;
-    int64_t stride, step, limit;
+    int64_t count, layer, stride, step, limit;
 } places;
 
 INLINE uint8_t *place(const places *at, long piece, long segment)
 {
-    return at->base + at->blocks[piece] * at->stride + segment * at->step;
+    return at->base + piece / at->count * at->layer + at->blocks[piece % at->count] * at->stride + segment * at->step;
 }
 
-/* `ways` pieces from number `first` on. They are cut alike, so they share all that is counted. */
-INLINE void together(const places *source, const places *target, long pieces, long segments, long size, uint64_t *out,
-                     int check, enum put put, long first, int ways)
+/* How the pieces are cut: alike, so that those that are passed through together share all that is counted. */
+typedef struct {
+    long segments, size;
+} cut;
+
+/* `ways` pieces from number `first` on, before `end`; `out` is for their sums. */
+INLINE void together(const places *source, const places *target, cut cut, uint64_t *out, int check, enum put put,
+                     long first, long end, int ways)
 {
+    const long segments = cut.segments, size = cut.size;
     sums s[WAYS];
     const uint8_t *from[WAYS], *coming[WAYS]; /* segments that are passed through, and those that are next */
     uint8_t *to[WAYS];
@@ -192,7 +201,7 @@ INLINE void together(const places *source, const places *target, long pieces, lo
     for (long i = 0; i < segments; i++) {
         long stop = i + 1 == segments ? size - STRIPE : size; /* the pieces' last stripe, or none */
         for (int w = 0; w < ways; w++) {
-            long next = least(first + ways + w, pieces - 1);
+            long next = least(first + ways + w, end - 1);
             from[w] = place(source, first + w, i);
             coming[w] = i + 1 < segments ? place(source, first + w, i + 1) : place(source, next, 0);
             to[w] = put == NOWHERE ? 0 : place(target, first + w, i);
@@ -214,23 +223,29 @@ INLINE void together(const places *source, const places *target, long pieces, lo
             }
         }
     }
-    for (int w = 0; check && w < ways; w++) out[first + w] = result(&s[w], segments * size);
+    for (int w = 0; check && w < ways; w++) out[w] = result(&s[w], segments * size);
 }
 
-INLINE void pass(const places *source, const places *target, long pieces, long segments, long size, uint64_t *out,
-                 int check, enum put put)
+/* Pieces from number `piece` on, before `end`. */
+INLINE void pass(const places *source, const places *target, cut cut, uint64_t *out, int check, enum put put,
+                 long piece, long end)
 {
-    long piece = 0;
-    for (; piece + WAYS <= pieces; piece += WAYS)
-        together(source, target, pieces, segments, size, out, check, put, piece, WAYS);
-    for (; piece < pieces; piece++) together(source, target, pieces, segments, size, out, check, put, piece, 1);
+    long begin = piece;
+    for (; piece + WAYS <= end; piece += WAYS)
+        together(source, target, cut, out + (piece - begin), check, put, piece, end, WAYS);
+    for (; piece < end; piece++) together(source, target, cut, out + (piece - begin), check, put, piece, end, 1);
 }
 
-static int within(const places *at, long pieces)
+static int within(const places *at)
 {
     int outside = 0;
-    for (long i = 0; i < pieces; i++) outside |= (uint64_t)at->blocks[i] >= (uint64_t)at->limit;
+    for (long i = 0; i < at->count; i++) outside |= (uint64_t)at->blocks[i] >= (uint64_t)at->limit;
     return !outside;
+}
+
+static int aligned(const places *at)
+{
+    return ((uintptr_t)at->base | at->layer | at->stride | at->step) % WIDTH == 0;
 }
 
 /* Copy `pieces` of `segments` each to target and put their sums into out. No target: sums only. No out: copy only.
@@ -239,21 +254,106 @@ static int within(const places *at, long pieces)
  * Returns 0, and has done nothing, where a block's number is not below its limit. */
 int move(const places *source, const places *target, long pieces, long segments, long size, int streamed, uint64_t *out)
 {
-    if (!within(source, pieces) || (target && !within(target, pieces))) return 0;
-    if (target) streamed &= ((uintptr_t)target->base | target->stride | target->step) % WIDTH == 0;
+    const cut cut = {segments, size};
+    if (!within(source) || (target && !within(target))) return 0;
     if (!target) {
-        pass(source, 0, pieces, segments, size, out, 1, NOWHERE);
-    } else if (out && !streamed) {
-        pass(source, target, pieces, segments, size, out, 1, CACHED);
-    } else if (!streamed) {
+        pass(source, 0, cut, out, 1, NOWHERE, 0, pieces);
+    } else if (!streamed || !aligned(target)) {
+        if (out) {
+            pass(source, target, cut, out, 1, CACHED, 0, pieces);
+            return 1;
+        }
         for (long piece = 0; piece < pieces; piece++)
             for (long i = 0; i < segments; i++) memcpy(place(target, piece, i), place(source, piece, i), size);
     } else {
         if (out)
-            pass(source, target, pieces, segments, size, out, 1, STREAMED);
+            pass(source, target, cut, out, 1, STREAMED, 0, pieces);
         else
-            pass(source, target, pieces, segments, size, out, 0, STREAMED);
+            pass(source, target, cut, 0, 0, STREAMED, 0, pieces);
         settle();
     }
     return 1;
+}
+
+/* ---- in step -----------------------------------------------------------------------------------------------------*/
+
+/* What the two ends of a copy share that are two processes: one sums the source, the other copies it and finds it in
+ * the cache that both have, if the first is not far ahead. Either only counts up its own counter, and believes nothing
+ * of the other's but how far it may go. The sum of piece n, counted from the beginning of time, is at n % ring. */
+typedef struct {
+    uint64_t *summed, *taken, *sums;
+    uint64_t ring, ahead; /* pieces: of the ring, and that the first may be ahead of the second */
+} ledger;
+
+enum { MOST_AT_ONCE = 256 }; /* pieces */
+enum { SHORT = 256, LONG = 300000 }; /* waiting for the other end: looks in a row, nanoseconds before one gives up */
+
+INLINE void breathe(void)
+{
+#if defined(__SSE2__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+/* How many of the pieces from number `from` on `counter` leaves to us, once that is any; 0: none for now. */
+static long open_to(const uint64_t *counter, uint64_t from)
+{
+    struct timespec begun, now;
+    for (int i = 0;; i++) {
+        int64_t open = (int64_t)(__atomic_load_n(counter, __ATOMIC_ACQUIRE) - from);
+        if (open > 0) return open;
+        if (i < SHORT) {
+            breathe();
+            continue;
+        }
+        sched_yield(); /* the other end, or who else has work, may need this very core */
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        if (i == SHORT) begun = now;
+        if ((now.tv_sec - begun.tv_sec) * 1000000000L + now.tv_nsec - begun.tv_nsec > LONG) return 0;
+    }
+}
+
+/* Sum the pieces from number `done` on, of which number 0 is `first` in the ledger, `turn` at a time. Returns how many
+ * are done: not all, if the other end did not follow in time; -1 where a block's number is not below its limit. */
+long lead(const places *source, long done, long pieces, long segments, long size, const ledger *with, uint64_t first,
+          long turn)
+{
+    const cut cut = {segments, size};
+    if (!within(source)) return -1;
+    while (done < pieces) {
+        long open = open_to(with->taken, first + done - with->ahead);
+        if (!open) break;
+        uint64_t sums[MOST_AT_ONCE];
+        long count = least(least(open, pieces - done), least(turn, MOST_AT_ONCE));
+        pass(source, 0, cut, sums, 1, NOWHERE, done, done + count);
+        for (long i = 0; i < count; i++) with->sums[(first + done + i) % with->ring] = sums[i];
+        done += count;
+        __atomic_store_n(with->summed, first + done, __ATOMIC_RELEASE);
+    }
+    return done;
+}
+
+/* Copy them, for as long as `over` is 0: the pieces' sums as they were stored go into `ours`, what the other end says
+ * into `theirs`. */
+long follow(const places *source, const places *target, long done, long pieces, long segments, long size,
+            const ledger *with, uint64_t first, long turn, uint64_t *ours, uint64_t *theirs, const int32_t *over)
+{
+    const cut cut = {segments, size};
+    const int streamed = aligned(target);
+    if (!within(source) || !within(target)) return -1;
+    while (done < pieces && !__atomic_load_n(over, __ATOMIC_RELAXED)) {
+        long open = open_to(with->summed, first + done);
+        if (!open) break;
+        long end = done + least(least(open, pieces - done), turn);
+        if (streamed)
+            pass(source, target, cut, ours + done, 1, STREAMED, done, end);
+        else
+            pass(source, target, cut, ours + done, 1, CACHED, done, end);
+        for (; done < end; done++) theirs[done] = with->sums[(first + done) % with->ring];
+        __atomic_store_n(with->taken, first + done, __ATOMIC_RELEASE);
+    }
+    settle();
+    return done;
 }

@@ -35,31 +35,44 @@ Offsets: TypeAlias = NDArray[np.int64]
 """[pieces, segments]: where each segment begins, in bytes from the front of its memory."""
 
 
+Flag: TypeAlias = NDArray[np.int32]
+"""[1]: 0, until somebody sets it. Calls that are under way see it, too."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A memory as `blocks` blocks, each of which holds `segments` segments of a piece: segment s of block b begins at
-    `begin + b × stride + s × step`, in bytes from the front. None of these is negative."""
+    """A memory as `layers` layers of `blocks` blocks, each of which holds `segments` segments of a piece: segment s of
+    block b of layer l begins at `begin + l × layer + b × stride + s × step`, in bytes from the front. None of these is
+    negative."""
 
     begin: int
     stride: int
     step: int
     segments: int
     blocks: int
+    layers: int = 1
+    layer: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where pieces lie: each in the block of a grid whose number `blocks` [pieces] has."""
+    """Where pieces lie: in the same `blocks` [blocks of a layer] of each of a grid's layers, layer after layer."""
 
     grid: Grid
     blocks: NDArray[np.int64]
+
+    @property
+    def pieces(self) -> int:
+        return self.grid.layers * self.blocks.size
 
     def offsets(self) -> Offsets:
         """One by one. Raises `IndexError` where the grid has no such block."""
         grid = self.grid
         if self.blocks.size and not 0 <= self.blocks.min() <= self.blocks.max() < grid.blocks:
             raise IndexError(f"blocks from {self.blocks.min()} to {self.blocks.max()} where there are {grid.blocks}")
-        return (grid.begin + self.blocks * grid.stride)[:, None] + np.arange(grid.segments, dtype=np.int64) * grid.step
+        layers = grid.begin + np.arange(grid.layers, dtype=np.int64) * grid.layer
+        pieces = (layers[:, None] + self.blocks * grid.stride).reshape(-1, 1)
+        return pieces + np.arange(grid.segments, dtype=np.int64) * grid.step
 
 
 _SOURCE = Path(__file__).with_name("move.c")
@@ -83,11 +96,9 @@ def copy(
     and target must not overlap; the source may be read-only. Raises `IndexError`, with nothing copied, where a grid
     does not fit its memory or has no such block, and `ValueError` where the arguments do not fit together.
     """
-    pieces, segments = source_at.blocks.size, source_at.grid.segments
-    if (pieces, segments) != (target_at.blocks.size, target_at.grid.segments):
-        raise ValueError(
-            f"{pieces} × {segments} segments to {target_at.blocks.size} × {target_at.grid.segments} places"
-        )
+    pieces, segments = source_at.pieces, source_at.grid.segments
+    if (pieces, segments) != (target_at.pieces, target_at.grid.segments):
+        raise ValueError(f"{pieces} × {segments} segments to {target_at.pieces} × {target_at.grid.segments} places")
     if not target.flags.writeable:
         raise ValueError("the target is read-only")
     source_there, target_there = _there(source, source_at, size), _there(target, target_at, size)
@@ -107,7 +118,7 @@ def copy(
 
 def checksums(source: Memory, source_at: Places, size: int) -> NDArray[np.uint64]:
     """[pieces] checksums, as `copy` would return them. Raises `IndexError` and `ValueError` as it does."""
-    pieces, segments = source_at.blocks.size, source_at.grid.segments
+    pieces, segments = source_at.pieces, source_at.grid.segments
     there = _there(source, source_at, size)
     library = _library()
     if library is None or not _fits(segments, size):
@@ -118,11 +129,65 @@ def checksums(source: Memory, source_at: Places, size: int) -> NDArray[np.uint64
     return sums
 
 
+class Ledger(ctypes.Structure):
+    """What the two ends of a copy in step share: `ledger` in move.c. Two counters of pieces, 8 bytes each, where the
+    leading end writes the one and the following end the other, and a ring of `ring` sums; the leading end may be
+    `ahead` pieces ahead, at most as many as the ring has."""
+
+    _fields_ = (
+        ("summed", ctypes.c_void_p), ("taken", ctypes.c_void_p), ("sums", ctypes.c_void_p),
+        ("ring", ctypes.c_uint64), ("ahead", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+MOST_AT_ONCE = 256
+"""Pieces that are summed in step before the other end is told: so many at most."""
+
+
+def keeps_step(segments: int, size: int) -> bool:
+    """Whether pieces of so many segments of `size` bytes can be copied in step here."""
+    return _library() is not None and _fits(segments, size)
+
+
+def lead(source: Memory, at: Places, size: int, done: int, ledger: Ledger, first: int, turn: int) -> int:
+    """Sum the pieces from number `done` on, for a process that copies them and says how far it is: `turn` at a time, so
+    that it finds them in the cache that both share. Number 0 is the ledger's `first`. Returns how many are done: fewer
+    than all where the other end did not follow within some 50 µs. Only where `keeps_step`. Raises as `copy` does."""
+    library = _library()
+    assert library is not None
+    done = library.lead(_there(source, at, size), done, at.pieces, at.grid.segments, size, ledger, first, turn)
+    if done < 0:
+        at.offsets()  # says what is wrong
+    return int(done)
+
+
+def follow(
+    source: Memory, source_at: Places, target: Memory, target_at: Places, size: int, done: int, ledger: Ledger,
+    first: int, turn: int, sums: tuple[NDArray[np.uint64], NDArray[np.uint64]], over: Flag,
+) -> int:  # fmt: skip
+    """The other end: copy the pieces from number `done` on as they are summed, until somebody says that it is `over`.
+    Into the two `sums` [pieces] go those of what was stored and those that the leading end found. Returns as `lead`
+    does."""
+    library = _library()
+    assert library is not None
+    pieces, ours, theirs = source_at.pieces, *sums
+    if not pieces == target_at.pieces == ours.size == theirs.size or not target.flags.writeable:
+        raise ValueError(f"{pieces} pieces to {target_at.pieces} places, or the target is read-only")
+    there = (_there(source, source_at, size), _there(target, target_at, size))
+    done = library.follow(
+        *there, done, pieces, source_at.grid.segments, size, ledger, first, turn, ours.ctypes.data, theirs.ctypes.data,
+        over.ctypes.data,
+    )  # fmt: skip
+    if done < 0:
+        source_at.offsets(), target_at.offsets()  # one of the two says what is wrong
+    return int(done)
+
+
 class _Places(ctypes.Structure):
     """`places` in move.c."""
 
     _fields_ = (
-        ("base", ctypes.c_void_p), ("blocks", ctypes.c_void_p),
+        ("base", ctypes.c_void_p), ("blocks", ctypes.c_void_p), ("count", ctypes.c_int64), ("layer", ctypes.c_int64),
         ("stride", ctypes.c_int64), ("step", ctypes.c_int64), ("limit", ctypes.c_int64),
     )  # fmt: skip
 
@@ -134,11 +199,13 @@ def _there(memory: Memory, at: Places, size: int) -> _Places:
         raise ValueError(f"a memory is contiguous bytes, not {memory.dtype} {memory.shape}")
     if blocks.dtype != np.int64 or blocks.ndim != 1 or not blocks.flags.c_contiguous:
         raise ValueError(f"numbers of blocks are contiguous int64 [pieces], not {blocks.dtype} {blocks.shape}")
-    if min(grid.begin, grid.stride, grid.step, grid.segments, grid.blocks, size) < 0:
+    if min(grid.begin, grid.layer, grid.stride, grid.step, grid.segments, grid.blocks, grid.layers, size) < 0:
         raise ValueError(f"{grid} of segments of {size} bytes")
-    if grid.begin + (grid.blocks - 1) * grid.stride + (grid.segments - 1) * grid.step + size > memory.size:
+    last = (grid.layers - 1) * grid.layer + (grid.blocks - 1) * grid.stride + (grid.segments - 1) * grid.step
+    if grid.begin + last + size > memory.size:
         raise IndexError(f"{grid} of segments of {size} bytes in a memory of {memory.size} bytes")
-    return _Places(memory.ctypes.data + grid.begin, blocks.ctypes.data, grid.stride, grid.step, grid.blocks)
+    base, numbers = memory.ctypes.data + grid.begin, blocks.ctypes.data
+    return _Places(base, numbers, blocks.size, grid.layer, grid.stride, grid.step, grid.blocks)
 
 
 def _fits(segments: int, size: int) -> bool:
@@ -167,4 +234,8 @@ def _library(*flags: str) -> ctypes.CDLL | None:
         return None
     at, long = ctypes.POINTER(_Places), ctypes.c_long
     library.move.argtypes = (at, at, long, long, long, ctypes.c_int, ctypes.c_void_p)
+    ledger, number = ctypes.POINTER(Ledger), ctypes.c_uint64
+    library.lead.argtypes = (at, long, long, long, long, ledger, number, long)
+    library.follow.argtypes = (at, at, long, long, long, long, ledger, number, long, *[ctypes.c_void_p] * 3)
+    library.lead.restype = library.follow.restype = long
     return library

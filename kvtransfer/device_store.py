@@ -68,39 +68,40 @@ class DeviceStore:
     def buffer(self, size: int) -> memoryview:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.memory.device.type == "cuda").numpy().data
 
-    def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: Buffer) -> Checksums:
-        piece = piece_bytes(target, route)
-        into = in_payload(part.count, piece)
+    def pack(self, layers: range, part: Cut, route: Route, target: KvFormat, out: Buffer) -> Checksums:
+        piece, pieces = piece_bytes(target, route), len(layers) * part.count
+        into = in_payload(pieces, piece)
         with self._aside():
-            here = out if isinstance(out, torch.Tensor) else self._on_device(part.count * piece)
+            here = out if isinstance(out, torch.Tensor) else self._on_device(pieces * piece)
             if as_kept(self.format, target):
-                at = self._at(layer, part.blocks, route.source_head, route.heads)
+                at = self._at(layers, part.blocks, route.source_head, route.heads)
                 sums = self._copy(self.memory, at, here, into, piece // 2)
             else:
-                here.copy_(self._recut(layer, part, route, target).reshape(-1))
+                for rows, layer in zip(here.view(len(layers), -1), layers, strict=True):
+                    rows.copy_(self._recut(layer, part, route, target).reshape(-1))
                 sums = self._sums(here, into, piece // 2)
             if isinstance(out, memoryview):
                 torch.frombuffer(out, dtype=torch.uint8).copy_(here, non_blocking=True)
             return self._done(sums)
 
-    def unpack(self, layer: int, blocks: Sequence[int], route: Route, data: Buffer) -> Checksums:
+    def unpack(self, layers: range, blocks: Sequence[int], route: Route, data: Buffer) -> Checksums:
         half = piece_bytes(self.format, route) // 2
-        at = self._at(layer, blocks, route.target_head, route.heads)
+        at = self._at(layers, blocks, route.target_head, route.heads)
         with self._aside():
             here = data if isinstance(data, torch.Tensor) else self._to_device(data)
-            return self._done(self._copy(here, in_payload(len(blocks), 2 * half), self.memory, at, half))
+            return self._done(self._copy(here, in_payload(at.pieces, 2 * half), self.memory, at, half))
 
-    def checksums(self, layer: int, blocks: Sequence[int], route: Route) -> Checksums:
-        at = self._at(layer, blocks, route.source_head, route.heads)
+    def checksums(self, layers: range, blocks: Sequence[int], route: Route) -> Checksums:
+        at = self._at(layers, blocks, route.source_head, route.heads)
         with self._aside():
             return self._done(self._sums(self.memory, at, piece_bytes(self.format, route) // 2))
 
     def fetch(
-        self, peer: torch.Tensor, peer_format: KvFormat, peer_blocks: int, layer: int, theirs: Sequence[int],
+        self, peer: torch.Tensor, peer_format: KvFormat, peer_blocks: int, layers: range, theirs: Sequence[int],
         blocks: Sequence[int], route: Route,
     ) -> Checksums:  # fmt: skip
-        source = in_pool(peer_format, peer_blocks, layer, theirs, route.source_head, route.heads)
-        at = self._at(layer, blocks, route.target_head, route.heads)
+        source = in_pool(peer_format, peer_blocks, layers, theirs, route.source_head, route.heads)
+        at = self._at(layers, blocks, route.target_head, route.heads)
         with self._aside():
             return self._done(self._copy(peer, source, self.memory, at, piece_bytes(self.format, route) // 2))
 
@@ -134,7 +135,7 @@ class DeviceStore:
 
     def _sums(self, memory: torch.Tensor, at: Places, size: int) -> torch.Tensor:
         if not self.checked:
-            return torch.zeros(at.blocks.size, dtype=torch.int64, device=memory.device)
+            return torch.zeros(at.pieces, dtype=torch.int64, device=memory.device)
         return pack.checksums(memory, at.offsets(), size, programs=self._programs)
 
     def _done(self, sums: torch.Tensor) -> Checksums:
@@ -150,8 +151,8 @@ class DeviceStore:
             return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.memory.device)
         return torch.frombuffer(data, dtype=torch.uint8).to(self.memory.device, non_blocking=True)
 
-    def _at(self, layer: int, blocks: Sequence[int], head: int, heads: int) -> Places:
-        return in_pool(self.format, self.num_blocks, layer, blocks, head, heads)
+    def _at(self, layers: range, blocks: Sequence[int], head: int, heads: int) -> Places:
+        return in_pool(self.format, self.num_blocks, layers, blocks, head, heads)
 
     def _recut(self, layer: int, part: Cut, route: Route, target: KvFormat) -> torch.Tensor:
         """Rows of the target's length and type: [pieces × 2 × heads, bytes of a row]."""
@@ -179,9 +180,10 @@ class DeviceStore:
         self.mark()()  # the pool is as its maker wants it
         route = Route(self.rank, self.rank, 0, 0, self.format.heads_per_rank)
         data = self.buffer(piece_bytes(self.format, route))
-        self.pack(0, Cut((0,), 0, 1), route, self.format, data)
-        self.unpack(0, (0,), route, data)
-        self.checksums(0, (0,), route)
+        first = range(1)
+        self.pack(first, Cut((0,), 0, 1), route, self.format, data)
+        self.unpack(first, (0,), route, data)
+        self.checksums(first, (0,), route)
 
 
 def _wait(event: torch.cuda.Event) -> None:

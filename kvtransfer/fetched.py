@@ -6,16 +6,24 @@ as they are; the target copies them and then looks whether the slot still says s
 
 from __future__ import annotations
 
+import contextlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from ..common.errors import HandoverFailed, TransportFailed
 from ..common.kv_format import KvFormat
+from ..kernels.move import Flag
 from .inline import Link
-from .layout import Cut, Route, as_kept, piece_bytes, routes
+from .layout import Cut, Route, as_kept, frames, piece_bytes, routes
 from .transport import Store
-from .wire import Checksums, FrameHeader
+from .wire import FrameHeader
+
+AT_ONCE = 8 << 20
+"""Bytes that are copied before the target looks whether its blocks are wanted back: the engine loop waits as long."""
 
 
 class Peer(Protocol):
@@ -70,18 +78,22 @@ class FetchGiver:
         self._route = route
         self._piece = piece_bytes(store.format, route)
         self._slots: dict[int, int] = {}
+        self._blocks: Sequence[int] = ()
+        """Of the frame that was prepared last."""
 
-    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
+    def prepare(self, handover_id: int, attempt: int, layers: range, first: int, part: Cut) -> FrameHeader:
         slot = self._slots.get(handover_id)
         if slot is None:
             slot = self._slots[handover_id] = self._shared.claim(handover_id)
-        sums = self._store.checksums(layer, part.blocks, self._route)
-        size = part.count * self._piece
-        blocks = array("q", part.blocks).tobytes()
-        return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes(), blocks, slot)
+        self._blocks = part.blocks
+        size, blocks = len(layers) * part.count * self._piece, array("q", part.blocks).tobytes()
+        return FrameHeader(handover_id, attempt, layers.start, len(layers), first, part.count, size, b"", blocks, slot)
 
     def give(self, header: FrameHeader) -> None:
-        self._link.send(header)
+        """Sums are taken without the handover's lock, as long as that may take: once it is closed, its slot says that
+        they are of no worth."""
+        sums = self._store.checksums(header.all_layers, self._blocks, self._route)
+        self._link.send(replace(header, checksums=sums.tobytes()))
 
     def withdraw(self, handover_id: int) -> None:
         slot = self._slots.pop(handover_id, None)
@@ -109,28 +121,41 @@ class FetchTaker:
     def fetch(self, header: FrameHeader) -> None:
         """Everything is there already."""
 
-    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
-        if not header.blocks:
-            raise HandoverFailed("the frame does not say which blocks to fetch")
-        theirs = array("q", header.blocks)
-        try:
-            sums = store.fetch(
-                self._peer.memory, self._format, self._peer.num_blocks, header.layer, theirs, blocks, route
-            )
-        except IndexError as error:  # blocks, or heads if it told others that it keeps its KV in another way
-            raise HandoverFailed(f"what the source does not have: {error}") from error
-        if not self._peer.kept(header.slot, header.handover_id):
-            raise HandoverFailed("the source gave the blocks up while they were copied")
-        return sums
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+        peer, sums, most = self._peer, [], max(1, AT_ONCE * header.pieces // header.size)
+        with self._vouched(header) as theirs:
+            for layers, i, some in frames(header.all_layers, Cut(theirs, 0, header.count), 1, 1, most):
+                if over[0]:
+                    return False
+                ours = blocks[i : i + some.count]
+                sums.append(store.fetch(peer.memory, self._format, peer.num_blocks, layers, some.blocks, ours, route))
+        if store.checked:
+            header.confirm(np.concatenate(sums))
+        return True
+
+    def leave(self, header: FrameHeader) -> None:
+        """What was fetched is ours."""
 
     def close(self) -> None:
         self._peer.close()
 
+    @contextlib.contextmanager
+    def _vouched(self, header: FrameHeader) -> Iterator[array[int]]:
+        """The source's blocks, to be fetched within. Raises `HandoverFailed` where it has none such, or the source did
+        not vouch for them to the end."""
+        if not header.blocks:
+            raise HandoverFailed("the frame does not say which blocks to fetch")
+        try:
+            yield array("q", header.blocks)
+        except IndexError as error:  # blocks, or heads if it told others that it keeps its KV in another way
+            raise HandoverFailed(f"what the source does not have: {error}") from error
+        if not self._peer.kept(header.slot, header.handover_id):
+            raise HandoverFailed("the source gave the blocks up while they were copied")
 
-def fetch_taker(shared: Shared, address: str, source: KvFormat, own: KvFormat) -> FetchTaker:
-    """The receiving end of a lane from a source that keeps its pool at `address`. Raises `TransportFailed` where it
-    cannot be fetched from, `FingerprintMismatch` where it holds the KV of another model."""
+
+def check_fetchable(source: KvFormat, own: KvFormat) -> None:
+    """Raises `TransportFailed` where what `source` keeps cannot be fetched as it is, `FingerprintMismatch` where it is
+    the KV of another model."""
     routes(source, own)
     if not as_kept(source, own):
         raise TransportFailed("rows that are kept in another way cannot be fetched")
-    return FetchTaker(shared.peer(address, source), source)

@@ -13,12 +13,13 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from ..common.errors import BatonError, DeadlineExceeded, HandoverFailed, TransportFailed, WorkerLost
+from ..kernels.move import Flag
 from ..protos.rpc import CalledStream, Peer, Stream
 from . import wire
 from .layout import Route
 from .link import Greeting, LaneServer
 from .transport import Store
-from .wire import Checksums, FrameHeader
+from .wire import FrameHeader
 
 T = TypeVar("T")
 
@@ -99,8 +100,14 @@ class _Held:
         if self.data.nbytes != header.size:
             raise HandoverFailed(f"{self.data.nbytes} bytes came, {header.size} were announced")
 
-    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
-        return store.unpack(header.layer, blocks, route, self.data)
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+        sums = store.unpack(header.all_layers, blocks, route, self.data)
+        if store.checked:
+            header.confirm(sums)
+        return True
+
+    def leave(self, header: FrameHeader) -> None:
+        """The next message brings what is next."""
 
     def close(self) -> None:
         """Nothing is held."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..common.kv_format import SCALE_BYTES, KvFormat
 from ..kernels import move
 from .layout import Cut, Route, as_kept, in_payload, in_pool, piece_bytes, tokens_of
+from .ledger import Ledger
 from .transport import Mark
 from .wire import Checksums
 
@@ -40,40 +41,67 @@ class HostStore:
     def buffer(self, size: int) -> memoryview:
         return memoryview(bytearray(size))
 
-    def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
+    def pack(self, layers: range, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
         data = np.frombuffer(out, dtype=np.uint8)
         piece = piece_bytes(target, route)
-        into = in_payload(part.count, piece)
+        into = in_payload(len(layers) * part.count, piece)
         if as_kept(self.format, target):
-            at = self._at(layer, part.blocks, route.source_head, route.heads)
+            at = self._at(layers, part.blocks, route.source_head, route.heads)
             return move.copy(self.memory, at, data, into, piece // 2, checked=self.checked, passing=True)
-        data[:] = self._recut(layer, part, route, target).reshape(-1)
+        for rows, layer in zip(data.reshape(len(layers), -1), layers, strict=True):
+            rows[:] = self._recut(layer, part, route, target).reshape(-1)
         return self._sums(data, into, piece // 2)
 
-    def unpack(self, layer: int, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
+    def unpack(self, layers: range, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
         half = piece_bytes(self.format, route) // 2
-        at = self._at(layer, blocks, route.target_head, route.heads)
+        at = self._at(layers, blocks, route.target_head, route.heads)
         source = np.frombuffer(data, dtype=np.uint8)
-        return move.copy(source, in_payload(len(blocks), 2 * half), self.memory, at, half, checked=self.checked)
+        return move.copy(source, in_payload(at.pieces, 2 * half), self.memory, at, half, checked=self.checked)
 
-    def checksums(self, layer: int, blocks: Sequence[int], route: Route) -> Checksums:
-        at = self._at(layer, blocks, route.source_head, route.heads)
+    def checksums(self, layers: range, blocks: Sequence[int], route: Route) -> Checksums:
+        at = self._at(layers, blocks, route.source_head, route.heads)
         return self._sums(self.memory, at, piece_bytes(self.format, route) // 2)
 
     def fetch(
-        self, peer: Bytes, peer_format: KvFormat, peer_blocks: int, layer: int, theirs: Sequence[int],
+        self, peer: Bytes, peer_format: KvFormat, peer_blocks: int, layers: range, theirs: Sequence[int],
         blocks: Sequence[int], route: Route,
     ) -> Checksums:  # fmt: skip
-        source = in_pool(peer_format, peer_blocks, layer, theirs, route.source_head, route.heads)
-        target = self._at(layer, blocks, route.target_head, route.heads)
+        source = in_pool(peer_format, peer_blocks, layers, theirs, route.source_head, route.heads)
+        target = self._at(layers, blocks, route.target_head, route.heads)
         half = piece_bytes(self.format, route) // 2
         return move.copy(peer, source, self.memory, target, half, checked=self.checked)
 
-    def _at(self, layer: int, blocks: Sequence[int], head: int, heads: int) -> move.Places:
-        return in_pool(self.format, self.num_blocks, layer, blocks, head, heads)
+    def keeps_step(self, route: Route) -> bool:
+        """Whether pieces of this route can be fetched in step."""
+        return move.keeps_step(2, piece_bytes(self.format, route) // 2)
+
+    def lead(self, ledger: Ledger, done: int, layers: range, blocks: Sequence[int], route: Route) -> int:
+        """Sum pieces for a peer that fetches them in step, from number `done` on. Returns how many are summed: fewer
+        than all where it has to be waited for."""
+        at = self._at(layers, blocks, route.source_head, route.heads)
+        return move.lead(
+            self.memory, at, piece_bytes(self.format, route) // 2, done, ledger.shared, ledger.first, ledger.turn
+        )
+
+    def follow(
+        self, ledger: Ledger, done: int, peer: Bytes, peer_format: KvFormat, peer_blocks: int, layers: range,
+        theirs: Sequence[int], blocks: Sequence[int], route: Route, sums: tuple[Checksums, Checksums],
+        over: move.Flag,
+    ) -> int:  # fmt: skip
+        """`fetch` in step, from piece number `done` on: what was stored hashes to sums[0], what the peer has to
+        sums[1]. Returns how many are there: fewer than all where the peer has to be waited for."""
+        source = in_pool(peer_format, peer_blocks, layers, theirs, route.source_head, route.heads)
+        target = self._at(layers, blocks, route.target_head, route.heads)
+        half = piece_bytes(self.format, route) // 2
+        return move.follow(
+            peer, source, self.memory, target, half, done, ledger.shared, ledger.first, ledger.turn, sums, over
+        )
+
+    def _at(self, layers: range, blocks: Sequence[int], head: int, heads: int) -> move.Places:
+        return in_pool(self.format, self.num_blocks, layers, blocks, head, heads)
 
     def _sums(self, memory: Bytes, at: move.Places, size: int) -> Checksums:
-        return move.checksums(memory, at, size) if self.checked else np.zeros(at.blocks.size, dtype=np.uint64)
+        return move.checksums(memory, at, size) if self.checked else np.zeros(at.pieces, dtype=np.uint64)
 
     def _recut(self, layer: int, part: Cut, route: Route, target: KvFormat) -> Bytes:
         """Rows of the target's length and type: [pieces × 2 × heads, bytes of a row]."""

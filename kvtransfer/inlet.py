@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.clock import Clock
-from ..common.errors import BatonError, CorruptBlock, HandoverFailed, StaleAttempt
+from ..common.errors import BatonError, HandoverFailed, StaleAttempt
 from ..common.kv_format import KvFormat
 from ..common.messages import Filled, HandoverKey, Spoiled
+from ..kernels.move import Flag
 from .layout import Route, piece_bytes, routes
 from .transport import Mark, Store, Taker
 from .wire import FrameHeader
@@ -32,7 +33,8 @@ REMEMBERED = 4096
 @dataclass(slots=True)
 class _Reservation:
     """`arrived` [source ranks that send to us, layers, blocks]; `missing` counts what is expected and not there; from
-    `settled` on nothing that was computed earlier writes into the blocks."""
+    `settled` on nothing that was computed earlier writes into the blocks. Who writes to them holds `writing`, and may
+    until it is `over`; `counting` is held for a moment only, for the engine loop waits for it."""
 
     attempt: int
     first: int
@@ -43,8 +45,9 @@ class _Reservation:
     expected: int | None = None
     missing: int = 0
     touched: float | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    open: bool = True
+    over: Flag = field(default_factory=lambda: np.zeros(1, np.int32))
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    counting: threading.Lock = field(default_factory=threading.Lock)
 
 
 class RankInlet:
@@ -77,7 +80,7 @@ class RankInlet:
 
     def expect(self, key: HandoverKey, last: int) -> None:
         reservation = self._reservations[key]
-        with reservation.lock:
+        with reservation.counting:
             count = reservation.expected = max(0, last - reservation.first)
             wanted = reservation.arrived[:, :, :count]
             reservation.missing = wanted.size - int(np.count_nonzero(wanted))
@@ -96,8 +99,9 @@ class RankInlet:
                     self._over.popitem(last=False)
                 self._opened.notify_all()
         if reservation is not None:
-            with reservation.lock:
-                reservation.open = False
+            reservation.over[0] = 1
+            with reservation.writing:
+                """Nobody writes any more."""
 
     def touched(self, key: HandoverKey) -> float | None:
         return self._reservations[key].touched
@@ -115,42 +119,59 @@ class RankInlet:
         reservation = self._reservations.get(key)
         if reservation is None or reservation.attempt != header.attempt:
             raise StaleAttempt(f"no reservation {header.handover_id} of attempt {header.attempt} is open here")
-        reservation.settled()  # without the lock, which the engine loop may want
-        with reservation.lock:
-            if not reservation.open:
+        reservation.settled()  # without the lock, which the engine loop may want, like all that waits
+        while not self._take(key, reservation, rank, header, taker):
+            if not reservation.over[0]:
+                taker.fetch(header)
+
+    def _take(self, key: HandoverKey, reservation: _Reservation, rank: int, header: FrameHeader, taker: Taker) -> bool:
+        """Whether the frame is through, and not some of it yet to come."""
+        with reservation.writing:
+            if reservation.over[0]:
                 raise StaleAttempt(f"reservation {header.handover_id} is spoiled, or has just been closed")
             try:
-                complete = self._write(reservation, rank, header, taker)
+                place = self._place(reservation, rank, header)
+                through = place is None or taker.land(self._store, header, *place, reservation.over)
             except BatonError as error:
-                reservation.open = False  # it is told once, and nothing more is written
+                reservation.over[0] = 1  # it is told once, and nothing more is written
                 self._post(Spoiled(key, error.message, error.code))
                 raise
+            reservation.touched = self._clock.now()
+            complete = place is not None and through and self._count(reservation, rank, header)
         if complete:
             self._post(Filled(key))
+        return through
 
-    def _write(self, reservation: _Reservation, rank: int, header: FrameHeader, taker: Taker) -> bool:
-        """Whether this frame was the last that was missing."""
+    def _place(self, reservation: _Reservation, rank: int, header: FrameHeader) -> tuple[Sequence[int], Route] | None:
+        """The blocks that a frame is for, and the route that its pieces take; None if they are there already. Raises
+        `HandoverFailed` where the frame breaks the protocol."""
         start, end = header.first - reservation.first, header.first - reservation.first + header.count
         if rank not in reservation.routes:
             raise HandoverFailed(f"rank {rank} of the source has nothing to send here")
         index, route = reservation.routes[rank]
-        if header.layer >= self._store.format.num_layers:
-            raise HandoverFailed(f"there is no layer {header.layer}")
+        if header.layer + header.layers > self._store.format.num_layers:
+            raise HandoverFailed(f"there is no layer {header.layer + header.layers - 1}")
         if start < 0 or end > len(reservation.blocks):
             raise HandoverFailed(f"blocks {header.first} to {header.first + header.count} are not reserved")
-        if header.size != header.count * piece_bytes(self._store.format, route):
-            raise HandoverFailed(f"{header.size} bytes for {header.count} pieces: not what this route carries")
-        arrived = reservation.arrived[index, header.layer, start:end]
-        if there := np.count_nonzero(arrived):
-            if there == header.count:
-                return False  # the same again
+        if header.size != header.pieces * piece_bytes(self._store.format, route):
+            raise HandoverFailed(f"{header.size} bytes for {header.pieces} pieces: not what this route carries")
+        if there := np.count_nonzero(reservation.arrived[index, _span(header.all_layers), start:end]):
+            if there == header.pieces:
+                return None
             raise HandoverFailed(f"layer {header.layer}, block {header.first}: overlaps what came before")
-        sums = taker.land(self._store, header, reservation.blocks[start:end], route)
-        if self._store.checked and sums.tobytes() != header.checksums:
-            raise CorruptBlock(f"checksum of layer {header.layer}, blocks from {header.first} on does not match")
-        arrived[:] = True
-        reservation.touched = self._clock.now()
-        if reservation.expected is None or start >= reservation.expected:
-            return False
-        reservation.missing -= min(end, reservation.expected) - start
-        return reservation.missing == 0
+        return reservation.blocks[start:end], route
+
+    def _count(self, reservation: _Reservation, rank: int, header: FrameHeader) -> bool:
+        """Whether this frame, which has landed, was the last that was missing."""
+        start, end = header.first - reservation.first, header.first - reservation.first + header.count
+        index, _ = reservation.routes[rank]
+        with reservation.counting:
+            reservation.arrived[index, _span(header.all_layers), start:end] = True
+            if reservation.expected is None or start >= reservation.expected:
+                return False
+            reservation.missing -= header.layers * (min(end, reservation.expected) - start)
+            return reservation.missing == 0
+
+
+def _span(layers: range) -> slice:
+    return slice(layers.start, layers.stop)

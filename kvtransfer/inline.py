@@ -15,9 +15,10 @@ from typing import Protocol
 from ..common import sockets
 from ..common.errors import HandoverFailed
 from ..common.kv_format import KvFormat
+from ..kernels.move import Flag
 from .layout import Cut, Route, piece_bytes
 from .transport import Store
-from .wire import MAX_FRAME, Checksums, FrameHeader
+from .wire import MAX_FRAME, FrameHeader
 
 
 class Link(Protocol):
@@ -43,12 +44,12 @@ class InlineGiver:
         self._piece = piece_bytes(target, route)
         self._staging = store.buffer(0)
 
-    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
-        size = part.count * self._piece
+    def prepare(self, handover_id: int, attempt: int, layers: range, first: int, part: Cut) -> FrameHeader:
+        size = len(layers) * part.count * self._piece
         if len(self._staging) < size:
             self._staging = self._store.buffer(size)
-        sums = self._store.pack(layer, part, self._route, self._target, self._staging[:size])
-        return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes())
+        sums = self._store.pack(layers, part, self._route, self._target, self._staging[:size])
+        return FrameHeader(handover_id, attempt, layers.start, len(layers), first, part.count, size, sums.tobytes())
 
     def give(self, header: FrameHeader) -> None:
         self._link.send(header, self._staging[: header.size])
@@ -82,8 +83,14 @@ class InlineTaker:
         self._data = self._staging[: header.size]
         sockets.receive_exactly(self._connection, self._data)
 
-    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
-        return store.unpack(header.layer, blocks, route, self._data)
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+        sums = store.unpack(header.all_layers, blocks, route, self._data)
+        if store.checked:
+            header.confirm(sums)
+        return True
+
+    def leave(self, header: FrameHeader) -> None:
+        """Its bytes have been read from the socket, whatever became of them."""
 
     def close(self) -> None:
         """The lane closes its socket."""

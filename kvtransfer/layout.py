@@ -10,6 +10,7 @@ With equal tensor parallelism a piece is a whole block. Intersecting the heads o
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,12 +67,14 @@ def as_kept(source: KvFormat, target: KvFormat) -> bool:
     return (source.block_size, source.dtype) == (target.block_size, target.dtype)
 
 
-def in_pool(format: KvFormat, num_blocks: int, layer: int, blocks: Sequence[int], head: int, heads: int) -> Places:
-    """Where the pieces of these blocks lie in a pool of one rank: their K and V halves, each `heads × row_bytes` long,
-    from `head` on of the rank's own heads."""
+def in_pool(format: KvFormat, num_blocks: int, layers: range, blocks: Sequence[int], head: int, heads: int) -> Places:
+    """Where the pieces of these blocks lie in a pool of one rank, layer after layer: their K and V halves, each
+    `heads × row_bytes` long, from `head` on of the rank's own heads."""
     size = format.block_bytes
-    begin = layer * num_blocks * size + head * format.row_bytes
-    return Places(Grid(begin, size, size // 2, 2, num_blocks), np.asarray(blocks, dtype=np.int64))
+    layer = num_blocks * size
+    begin = layers.start * layer + head * format.row_bytes
+    grid = Grid(begin, size, size // 2, 2, num_blocks, len(layers), layer)
+    return Places(grid, np.asarray(blocks, dtype=np.int64))
 
 
 @functools.lru_cache
@@ -110,6 +113,21 @@ def split(part: Cut, source_size: int, target_size: int, most: int) -> Iterator[
         end = begin + count * target_size
         blocks = part.blocks[begin // source_size : -(-end // source_size)]
         yield i, Cut(blocks, begin % source_size, count)
+
+
+def frames(layers: range, part: Cut, source_size: int, target_size: int, most: int) -> Iterator[tuple[range, int, Cut]]:
+    """`part` of these layers in frames of at most `most` pieces: of several whole layers, where they fit, or of some of
+    one layer's blocks, with the number of their first one within `part`."""
+    step = max(1, most // part.count)
+    parts = list(split(part, source_size, target_size, most))
+    for i in range(0, len(layers), step):
+        for first, some in parts:
+            yield layers[i : i + step], first, some
+
+
+def count_frames(layers: int, blocks: int, most: int) -> int:
+    """How many `frames` cuts so many layers of so many blocks of the target into."""
+    return math.ceil(blocks / most) * math.ceil(layers / max(1, most // blocks))
 
 
 def tokens_of(part: Cut, source_size: int, target_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -32,7 +32,8 @@ _LOOK_AHEAD = 16 << 10
 @dataclass(frozen=True, slots=True)
 class Greeting:
     """A lane's first message: whose it is, which incarnation it means, and how the bytes are to be had.
-    `door`: where the source's rank is reached by `transport`, for those that fetch from it."""
+    `door`: where the source's rank is reached by `transport`, for those that fetch from it. `ledger`: where the memory
+    is that the two ends share, if they copy in step (`ledger.py`)."""
 
     name: str
     epoch: int
@@ -42,6 +43,7 @@ class Greeting:
     transport: str
     door: str
     format: KvFormat
+    ledger: str = ""
 
     def packed(self) -> bytes:
         data: bytes = msgpack.packb((*(getattr(self, f) for f in _PLAIN), astuple(self.format)))
@@ -51,13 +53,14 @@ class Greeting:
     def read(cls, data: bytes) -> Greeting:
         """Raises `InvalidRequest` where that is none."""
         try:
-            name, epoch, rank, target_epoch, target_rank, transport, door, form = msgpack.unpackb(data)
+            name, epoch, rank, target_epoch, target_rank, transport, door, ledger, form = msgpack.unpackb(data)
             layers, heads, head_dim, block_size, dtype, tp = form
-            texts = (name, transport, door, dtype)
+            texts = (name, transport, door, ledger, dtype)
             counts = (epoch, rank, target_epoch, target_rank, layers, heads, head_dim, block_size, tp)
             if not all(type(t) is str for t in texts) or not all(type(c) is int and c >= 0 for c in counts):
                 raise ValueError("a field is not what it should be")
-            greeting = cls(name, epoch, rank, target_epoch, target_rank, transport, door, KvFormat(*form))
+            form = KvFormat(*form)
+            greeting = cls(name, epoch, rank, target_epoch, target_rank, transport, door, form, ledger)
         except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
             raise InvalidRequest(f"the first message of a lane is a greeting: {error}") from error
         if greeting.rank >= greeting.format.tp:
@@ -65,7 +68,7 @@ class Greeting:
         return greeting
 
 
-_PLAIN = ("name", "epoch", "rank", "target_epoch", "target_rank", "transport", "door")
+_PLAIN = ("name", "epoch", "rank", "target_epoch", "target_rank", "transport", "door", "ledger")
 
 
 class SocketLink:
@@ -189,7 +192,10 @@ class LaneServer:
         taker.fetch(header)
         try:
             self._inlet.receive((greeting.name, greeting.epoch), greeting.rank, header, taker)
+        except WorkerLost:
+            raise
         except HandoverFailed as error:
             log.error("frame from %s refused: %s", greeting.name, error)
         except BatonError as error:
             log.info("frame from %s dropped: %s", greeting.name, error)
+        taker.leave(header)

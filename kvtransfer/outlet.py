@@ -1,9 +1,9 @@
 """The source's side of all transports: what is offered goes to lanes, one for each rank of each target.
 
-The engine loop only puts things into queues; a lane's thread cuts, reads and sends. At most `window_frames` times
-`frame_bytes` of a lane are under way without their credit, in more frames where they are shorter: that bounds memory on
-both sides, keeps both busy, and shares a target fairly among its sources. Control messages have a way of their own, so
-that a cancel overtakes the bulk.
+The engine loop only puts things into queues; a lane's thread cuts, reads and sends. The bytes of at most
+`window_frames` of a lane are under way without their credit, in more frames where they are shorter: that bounds memory
+on both sides, keeps both busy, and shares a target fairly among its sources. Control messages have a way of their own,
+so that a cancel overtakes the bulk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..common.config import HandoverConfig
 from ..common.errors import BatonError, TransportFailed, WorkerLost
 from ..common.messages import Endpoint, TransportBroken
 from ..common.types import WorkerRef
-from .layout import Cut, Route, piece_bytes, routes, split
+from .layout import Cut, Route, count_frames, frames, piece_bytes, routes
 from .trace import TransferTrace
 from .transport import Giver, Mark, Offer, Store
 from .wire import MAX_FRAME, MAX_PIECES
@@ -38,14 +38,13 @@ STOP_S = 1.0
 """How long the threads of lanes may take to end: one that is in a library's code when the interpreter goes takes the
 process along with it."""
 
-STAGED_BYTES = {"tcp": 2 << 20}
-"""Bytes of a frame at most, by transports that copy it twice at each end: the second copy should find it in a cache. By
-process groups a message costs more than that gains."""
+SHORTER = {"tcp": 2 << 20, "grpc": 8 << 20, "process-group": 8 << 20, "cuda-ipc": 32 << 20}
+"""Bytes of a frame at most, by transports that pass it on as a whole: one end works on a frame while the other works on
+the one before. By tcp it is copied twice at each end, and the second copy should find it in a cache; what is best by
+CUDA IPC `bench/gpu_kvtransfer.py` will tell."""
 
-FETCHED_AHEAD = {"shm": 2}
-"""Whole frames in flight at most, by transports whose target copies what the source has only hashed. The hash is what
-brings the bytes into the cache that both ends share; a source that is further ahead drives them out again before they
-are copied, and then the hash costs a tenth of the transfer more."""
+LEAST_WINDOW = 8 << 20
+"""Bytes that a frame counts as in a window, where frames are shorter for a cache's sake and not to send less ahead."""
 
 MOST_UNDER_WAY = 16
 """Frames in flight at most, however small they are."""
@@ -208,12 +207,12 @@ class _Lane:
         self._make_giver = make_giver
         self._broken = broken
         self._piece = piece_bytes(target.format, route)
-        frame = min(config.frame_bytes, MAX_FRAME, STAGED_BYTES.get(transport, MAX_FRAME))
+        frame = min(config.frame_bytes, SHORTER.get(transport, config.frame_bytes))
         self._run_of = min(MAX_PIECES, max(1, frame // self._piece))
         self._queue: deque[_Share] = deque()
         self._under_way: deque[tuple[_Transfer, int]] = deque()
-        ahead = min(config.window_frames, FETCHED_AHEAD.get(transport, config.window_frames))
-        self._window = self._room = ahead * max(config.frame_bytes, self._piece)
+        counted = max(frame, min(config.frame_bytes, LEAST_WINDOW), self._piece)
+        self._window = self._room = config.window_frames * counted
         self._change = threading.Condition()
         self._giver: Giver | None = None
         self._stopped = False
@@ -228,7 +227,7 @@ class _Lane:
 
     def put(self, transfer: _Transfer, offer: Offer, layers: range, computed: Mark) -> None:
         """The first bytes leave at once, so the frames are made by the thread that sends them."""
-        transfer.put += len(layers) * math.ceil(offer.cut.count / self._run_of)
+        transfer.put += count_frames(len(layers), offer.cut.count, self._run_of)
         with self._change:
             self._queue.append(_Share(transfer, offer, layers, computed))
             self._change.notify_all()
@@ -284,15 +283,13 @@ class _Lane:
 
     def _send_all(self, giver: Giver, share: _Share) -> None:
         cut = replace(share.offer.cut, blocks=array("q", share.offer.cut.blocks))  # which is cut and sent in no time
-        parts = list(split(cut, self._store.format.block_size, self._target.format.block_size, self._run_of))
+        sizes = (self._store.format.block_size, self._target.format.block_size)
         share.computed()  # without the lock, which the engine loop may want
-        for layer in share.layers:
-            for i, part in parts:
-                size = part.count * self._piece
-                if not self._has_room(size):
-                    return
-                if not self._send(giver, share.transfer, layer, share.offer.first + i, part):
-                    return
+        for layers, i, part in frames(share.layers, cut, *sizes, self._run_of):
+            if not self._has_room(len(layers) * part.count * self._piece):
+                return
+            if not self._send(giver, share.transfer, layers, share.offer.first + i, part):
+                return
 
     def _has_room(self, size: int) -> bool:
         """Wait until the window has room for a frame of so many bytes. False: stop."""
@@ -304,13 +301,13 @@ class _Lane:
     def _fits(self, size: int) -> bool:
         return size <= self._room and len(self._under_way) < MOST_UNDER_WAY
 
-    def _send(self, giver: Giver, transfer: _Transfer, layer: int, first: int, part: Cut) -> bool:
+    def _send(self, giver: Giver, transfer: _Transfer, layers: range, first: int, part: Cut) -> bool:
         """Whether the handover is still open."""
         with transfer.lock:
             if not transfer.open:
                 return False
-            header = giver.prepare(transfer.id, transfer.attempt, layer, first, part)
-        self._trace.left(transfer.id, layer)
+            header = giver.prepare(transfer.id, transfer.attempt, layers, first, part)
+        self._trace.left(transfer.id, layers)
         with self._change:
             self._under_way.append((transfer, header.size))
             self._room -= header.size

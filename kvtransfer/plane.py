@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.clock import Clock
 from ..common.config import HandoverConfig
-from ..common.errors import TransportFailed
+from ..common.errors import TransportFailed, WorkerLost
 from ..common.messages import Endpoint, Filled, Spoiled, TransportBroken
 from ..common.sockets import Listener
 from ..common.types import WorkerRef
 from ..protos.rpc import Stream
 from . import grpc_link
-from .fetched import FetchGiver, Shared, fetch_taker
+from .fetched import FetchGiver, FetchTaker, Shared, check_fetchable
 from .grpc_link import GrpcLink
+from .host_store import HostStore
+from .in_step import StepGiver, StepTaker
 from .inlet import RankInlet
 from .inline import InlineGiver, InlineTaker
 from .layout import Route
+from .ledger import OwnLedger, open_ledger
 from .link import Greeting, LaneServer, MakeTaker, SocketLink
 from .outlet import LaneOutlet
 from .transport import Giver, Store
@@ -55,9 +60,7 @@ class Plane:
         self._groups = groups
         takers: dict[str, MakeTaker] = {"tcp": lambda _, connection: InlineTaker(connection, store)}
         if shared is not None:
-            takers[shared.transport] = lambda greeting, _: fetch_taker(
-                shared, greeting.door, greeting.format, store.format
-            )
+            takers[shared.transport] = lambda greeting, connection: self._fetch_taker(shared, greeting, connection)
         if groups is not None:
             takers["process-group"] = groups.taker
         self._server = LaneServer(ref, store.rank, self.inlet, takers, config.lease_s)
@@ -96,15 +99,39 @@ class Plane:
             self.door[transport], self.store.format,
         )  # fmt: skip
         patience = self._config.lease_s
+        if self._shared is not None and transport == self._shared.transport:
+            return self._fetch_giver(self._shared, greeting, door["tcp"], route)
         if transport == "grpc" and self._loop is not None:
             link = GrpcLink(door["grpc"], self._token, greeting, patience, self._loop)
             return InlineGiver(link, self.store, route, target.format)
         lane = SocketLink(door["tcp"], self._token, greeting, patience)
-        if self._shared is not None and transport == self._shared.transport:
-            return FetchGiver(lane, self.store, self._shared, route)
         if transport == "process-group" and self._groups is not None:
             return self._groups.giver(lane, self.store, route, target.format)
         return InlineGiver(lane, self.store, route, target.format)
+
+    def _fetch_giver(self, shared: Shared, greeting: Greeting, address: str, route: Route) -> FetchGiver:
+        patience, store = self._config.lease_s, self.store
+        if not isinstance(store, HostStore) or not store.checked or not store.keeps_step(route):
+            return FetchGiver(SocketLink(address, self._token, greeting, patience), store, shared, route)
+        try:
+            own = OwnLedger()
+        except OSError as error:  # for now, as where there are no more sockets
+            raise WorkerLost(f"no room for what a lane to {address} shares: {error}") from error
+        with contextlib.closing(own) as ledger:
+            greeting = replace(greeting, ledger=ledger.address)
+            link = SocketLink(address, self._token, greeting, patience)  # the target has opened it when this returns
+            return StepGiver(link, store, shared, route, ledger, patience)
+
+    def _fetch_taker(self, shared: Shared, greeting: Greeting, connection: socket.socket) -> FetchTaker:
+        """See `link.MakeTaker`."""
+        store, source = self.store, greeting.format
+        check_fetchable(source, store.format)
+        peer = shared.peer(greeting.door, source)
+        if not greeting.ledger:
+            return FetchTaker(peer, source)
+        if not isinstance(store, HostStore):
+            raise TransportFailed("nobody keeps step here")
+        return StepTaker(peer, source, store, open_ledger(greeting.ledger), connection, self._config.lease_s)
 
 
 def this_host() -> str:

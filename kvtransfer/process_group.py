@@ -27,11 +27,12 @@ import torch
 from ..common import sockets
 from ..common.errors import HandoverFailed, TransportFailed, WorkerLost
 from ..common.kv_format import KvFormat
+from ..kernels.move import Flag
 from .layout import Cut, Route, piece_bytes
 from .link import Greeting, SocketLink, waiting_headers
 from .pair import Done, Pair
 from .transport import Store
-from .wire import MAX_FRAME, Checksums, FrameHeader
+from .wire import MAX_FRAME, FrameHeader
 
 _AHEAD = 2
 """Frames that a target lets come while it lands another."""
@@ -121,12 +122,12 @@ class GroupGiver:
         self._met = threading.Event()
         self._closed = False
 
-    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
-        size = part.count * self._piece
+    def prepare(self, handover_id: int, attempt: int, layers: range, first: int, part: Cut) -> FrameHeader:
+        size = len(layers) * part.count * self._piece
         with self._stream:
             self._packed = self._staging.next(size)
-            sums = self._store.pack(layer, part, self._route, self._target, self._packed.stored)
-        return FrameHeader(handover_id, attempt, layer, first, part.count, size, sums.tobytes())
+            sums = self._store.pack(layers, part, self._route, self._target, self._packed.stored)
+        return FrameHeader(handover_id, attempt, layers.start, len(layers), first, part.count, size, sums.tobytes())
 
     def give(self, header: FrameHeader) -> None:
         """Returns when the frame before this one has left, whose buffer is then free for the next."""
@@ -205,9 +206,15 @@ class GroupTaker:
         self._watcher = watcher
         return pair
 
-    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
         with self._stream:
-            return store.unpack(header.layer, blocks, route, self._data)
+            sums = store.unpack(header.all_layers, blocks, route, self._data)
+        if store.checked:
+            header.confirm(sums)
+        return True
+
+    def leave(self, header: FrameHeader) -> None:
+        """Its bytes have come, whatever became of them."""
 
     def close(self) -> None:
         sockets.hang_up(self._connection)

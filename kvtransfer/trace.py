@@ -21,8 +21,8 @@ class TransferTrace:
     def computed(self, handover_id: int, layers: range) -> None:
         self._record(self.computed_at, handover_id, layers)
 
-    def left(self, handover_id: int, layer: int) -> None:
-        self._record(self.left_at, handover_id, range(layer, layer + 1))
+    def left(self, handover_id: int, layers: range) -> None:
+        self._record(self.left_at, handover_id, layers)
 
     def _record(self, log: OrderedDict[int, dict[int, float]], handover_id: int, layers: range) -> None:
         now, those = self._clock.now(), log.setdefault(handover_id, {})

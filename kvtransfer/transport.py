@@ -7,7 +7,8 @@ thread cuts offers into frames and has a giver get them across. At the other end
 lets them into reserved blocks and nowhere else, and each frame is answered by a credit.
 
     name            frames go by     bytes
-    shm             socket           are copied by the target, out of the source's pool that it sees read-only
+    shm             socket           are copied by the target, out of the source's pool that it sees read-only, as the
+                                     source sums them
     cuda-ipc        socket           likewise, within one GPU or over NVLink
     process-group   socket           torch.distributed send and receive: NCCL or gloo
     tcp             socket           follow their frame
@@ -25,6 +26,7 @@ from typing import Any, Protocol
 from ..common.kv_format import KvFormat
 from ..common.messages import Endpoint, HandoverKey
 from ..common.types import WorkerRef
+from ..kernels.move import Flag
 from .layout import Cut, Route
 from .wire import Checksums, FrameHeader
 
@@ -58,20 +60,20 @@ class Store(Protocol):
         """Host memory from which, and to which, this pool's bytes get quickly."""
         ...
 
-    def pack(self, layer: int, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
+    def pack(self, layers: range, part: Cut, route: Route, target: KvFormat, out: memoryview) -> Checksums:
         """Write the pieces that `part` covers, as `target` keeps them, one after the other to `out`."""
         ...
 
-    def unpack(self, layer: int, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
+    def unpack(self, layers: range, blocks: Sequence[int], route: Route, data: memoryview) -> Checksums:
         """Write such pieces into our own blocks, one piece each; what they hash to, taken on the way."""
         ...
 
-    def checksums(self, layer: int, blocks: Sequence[int], route: Route) -> Checksums:
+    def checksums(self, layers: range, blocks: Sequence[int], route: Route) -> Checksums:
         """What the pieces hash to that a peer fetches from these blocks."""
         ...
 
     def fetch(
-        self, peer: Any, peer_format: KvFormat, peer_blocks: int, layer: int, theirs: Sequence[int],
+        self, peer: Any, peer_format: KvFormat, peer_blocks: int, layers: range, theirs: Sequence[int],
         blocks: Sequence[int], route: Route,
     ) -> Checksums:  # fmt: skip
         """Copy pieces out of a peer's pool of `peer_blocks` blocks, which is memory of the kind that ours is and keeps
@@ -153,7 +155,7 @@ class Inlet(Protocol):
 class Giver(Protocol):
     """One lane's way of getting bytes across; used by the lane's thread only."""
 
-    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
+    def prepare(self, handover_id: int, attempt: int, layers: range, first: int, part: Cut) -> FrameHeader:
         """Read the blocks, or make them readable. Called while the handover is surely open; must not wait."""
         ...
 
@@ -183,12 +185,19 @@ class Taker(Protocol):
     """The receiving end of one lane; used by one thread only."""
 
     def fetch(self, header: FrameHeader) -> None:
-        """Have the bytes at hand. Before the reservation is looked at: may wait for the source, but not for ever."""
+        """Have the bytes at hand, or, where `land` lacked some, more of them. Nobody's lock is held: may wait for the
+        source, but not for ever."""
         ...
 
-    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
-        """Write the pieces into these reserved blocks; what they hash to. Must not wait. Raises `HandoverFailed` where
-        the source's blocks may have changed meanwhile."""
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+        """Write the pieces into these reserved blocks, as far as they are at hand; whether that is all. Must not wait;
+        what takes more than some milliseconds stops as soon as `over` says that the blocks are wanted back. Raises
+        `CorruptBlock` where the pieces are not what was sent, `HandoverFailed` where the source's blocks may have
+        changed meanwhile."""
+        ...
+
+    def leave(self, header: FrameHeader) -> None:
+        """This frame is done with, taken in or refused."""
         ...
 
     def close(self) -> None: ...

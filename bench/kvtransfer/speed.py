@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ...common.config import TRANSPORTS, HandoverConfig
 from ...common.kv_format import KvFormat
 from ...kvtransfer.layout import cut
+from ...kvtransfer.outlet import SHORTER
 from ...kvtransfer.transport import Offer
 from . import raw
 from .end import End, Events, layer_hash, make_pool, on_core, scattered
@@ -164,7 +165,7 @@ class Pair:
 
     def _bare_gloo(self, warm: bool, under_way: int) -> float:
         """In messages of the size of a frame."""
-        message = min(HandoverConfig().frame_bytes, self._num_blocks * self._format.block_bytes)
+        message = min(SHORTER["process-group"], HandoverConfig().frame_bytes, self.size)
         if self._group is None:
             self._group = raw.Group(0, 0)
             self._remote.tell("group", self._group.port)

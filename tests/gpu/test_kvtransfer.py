@@ -69,15 +69,15 @@ def test_packs_and_unpacks_what_a_host_store_does(dtype, route):
     host, device = same_pools(kept, BLOCKS, DEVICE)
     part, blocks = Cut((7, 2, 5), 0, 3), (1, 8, 3)
     data, other = (store.buffer(3 * piece_bytes(kept, route)) for store in (host, device))
-    sums = host.pack(1, part, route, kept, data)
-    assert np.array_equal(device.pack(1, part, route, kept, other), sums)
+    sums = host.pack(range(1, 2), part, route, kept, data)
+    assert np.array_equal(device.pack(range(1, 2), part, route, kept, other), sums)
     assert data == other
     staged = torch.empty(len(data), dtype=torch.uint8, device=DEVICE)
-    assert np.array_equal(device.pack(1, part, route, kept, staged), sums)
-    assert np.array_equal(device.checksums(1, part.blocks, route), sums)
+    assert np.array_equal(device.pack(range(1, 2), part, route, kept, staged), sums)
+    assert np.array_equal(device.checksums(range(1, 2), part.blocks, route), sums)
     for source in (other, other.toreadonly(), staged):
-        assert np.array_equal(device.unpack(0, blocks, route, source), sums)
-    host.unpack(0, blocks, route, data)
+        assert np.array_equal(device.unpack(range(1), blocks, route, source), sums)
+    host.unpack(range(1), blocks, route, data)
     assert np.array_equal(host.memory, device.memory.cpu().numpy())
 
 
@@ -87,7 +87,9 @@ def test_cuts_and_converts_as_a_host_store_does(dtype, size, part):
     host, device = same_pools(FORMAT, BLOCKS, DEVICE)
     target, route = replace(FORMAT, block_size=size, dtype=dtype), Route(0, 0, 1, 0, 2)
     data, other = (store.buffer(part.count * piece_bytes(target, route)) for store in (host, device))
-    assert np.array_equal(host.pack(1, part, route, target, data), device.pack(1, part, route, target, other))
+    assert np.array_equal(
+        host.pack(range(1, 2), part, route, target, data), device.pack(range(1, 2), part, route, target, other)
+    )
     assert data == other
 
 
@@ -98,10 +100,10 @@ def test_what_is_on_its_way_into_the_pool_is_waited_for():
     torch.cuda._sleep(400_000_000)  # clock cycles: a fifth of a second in the engine's stream
     store.memory.fill_(7)
     computed = store.mark()
-    store.pack(0, Cut((3,), 0, 1), WHOLE, FORMAT, data)
+    store.pack(range(1), Cut((3,), 0, 1), WHOLE, FORMAT, data)
     assert set(data) != {7}, "the store's own stream waits for the engine's"
     computed()
-    store.pack(0, Cut((3,), 0, 1), WHOLE, FORMAT, data)
+    store.pack(range(1), Cut((3,), 0, 1), WHOLE, FORMAT, data)
     assert set(data) == {7}
 
 

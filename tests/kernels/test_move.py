@@ -55,20 +55,25 @@ def every(stride: int, blocks: int) -> move.Places:
     return move.Places(move.Grid(0, stride, 0, 1, blocks), np.arange(blocks))
 
 
-def scattered(pieces: int, segments: int, size: int, seed: int, step: int) -> tuple[move.Places, move.Places]:
+def scattered(
+    blocks: int, segments: int, size: int, seed: int, step: int, layers: int = 1
+) -> tuple[move.Places, move.Places]:
     """Places in MEMORY, which may overlap, and in a target of their size with gaps, which do not."""
     random = np.random.default_rng(seed)
-    count = pieces + 2
-    begin, *strides = (int(n) for n in random.integers(0, (MEMORY.size - size) // (count + segments + 1), 3))
-    source_at = move.Places(move.Grid(begin, *strides, segments, count), random.integers(0, count, pieces))
+    count = blocks + 2
+    room = (MEMORY.size - size) // (count + segments + layers + 1)
+    begin, stride, gap, layer = (int(n) for n in random.integers(0, room, 4))
+    source = move.Grid(begin, stride, gap, segments, count, layers, layer)
     apart = -(-(size + 1) // step) * step
-    target = move.Grid(0, segments * apart, apart, segments, pieces)
-    return source_at, move.Places(target, random.permutation(pieces))
+    target = move.Grid(0, segments * apart, apart, segments, blocks, layers, blocks * segments * apart)
+    return move.Places(source, random.integers(0, count, blocks)), move.Places(target, random.permutation(blocks))
 
 
 def test_places_one_by_one() -> None:
     at = move.Places(move.Grid(100, 30, 7, 2, 4), np.array([3, 0]))
-    assert at.offsets().tolist() == [[190, 197], [100, 107]]
+    assert at.offsets().tolist() == [[190, 197], [100, 107]] and at.pieces == 2
+    both = move.Places(replace(at.grid, layers=2, layer=500), at.blocks)
+    assert both.offsets().tolist() == [[190, 197], [100, 107], [690, 697], [600, 607]] and both.pieces == 4
     for wrong in (4, -1):
         with pytest.raises(IndexError, match="where there are 4"):
             move.Places(at.grid, np.array([0, wrong])).offsets()
@@ -76,14 +81,16 @@ def test_places_one_by_one() -> None:
 
 # Hypothesis and a fixture that changes between examples do not go together; this one is the same for all of them.
 @given(
-    size=SIZES, pieces=st.integers(0, 9), segments=st.integers(0, 5), shift=st.sampled_from([0, 1, 32]),
+    size=SIZES, blocks=st.integers(0, 9), layers=st.integers(1, 3), segments=st.integers(0, 5),
+    shift=st.sampled_from([0, 1, 32]),
     step=st.sampled_from([1, 64]), seed=st.integers(0, 99), checked=st.booleans(),
     passing=st.booleans(),
 )  # fmt: skip
 def copies_are_right(
-    size: int, pieces: int, segments: int, shift: int, step: int, seed: int, checked: bool, passing: bool
+    size: int, blocks: int, layers: int, segments: int, shift: int, step: int, seed: int, checked: bool, passing: bool
 ) -> None:
-    source_at, target_at = scattered(pieces, segments, size, seed, step)
+    source_at, target_at = scattered(blocks, segments, size, seed, step, layers)
+    pieces = layers * blocks
     target = aligned(pieces * segments * (size + step) + 1, shift)
     expected = target.copy()
     for one, other in zip(source_at.offsets().flat, target_at.offsets().flat, strict=True):
@@ -238,3 +245,111 @@ def test_what_is_read_again_at_once_stays_in_the_caches(monkeypatch: pytest.Monk
     for passing in (False, True):
         move.copy(memory, places, memory, places, memory.size, passing=passing)
     assert streamed == [True, False]
+
+
+# --- in step ---
+
+
+class Shared:
+    """What the two ends share, in memory of this process."""
+
+    def __init__(self, ring: int, ahead: int, begin: int = 0) -> None:
+        self.summed, self.taken = np.full(1, begin, np.uint64), np.full(1, begin, np.uint64)
+        self.sums = np.zeros(ring, np.uint64)
+        pointers = (array.ctypes.data for array in (self.summed, self.taken, self.sums))
+        self.ledger = move.Ledger(*pointers, ring, ahead)
+
+
+needs_compiler = pytest.mark.skipif(not move.keeps_step(2, 64 * 3), reason="there is no C compiler")
+GOING_ON = np.zeros(1, np.int32)
+
+
+@needs_compiler
+@given(
+    stripes=st.integers(4, 40), blocks=st.integers(1, 30), layers=st.integers(1, 3), segments=st.integers(1, 3),
+    turn=st.integers(1, 9), ahead=st.integers(1, 20), begin=st.sampled_from([0, 1000, 2**63 - 5]),
+    shift=st.sampled_from([0, 32]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_one_end_sums_and_the_other_copies(
+    stripes: int, blocks: int, layers: int, segments: int, turn: int, ahead: int, begin: int, shift: int, seed: int
+) -> None:
+    """By turns, each as far as the other lets it, wherever the counters are."""
+    size, pieces = 64 * stripes, layers * blocks
+    source_at, target_at = scattered(blocks, segments, size, seed, 64, layers)
+    target = aligned(pieces * segments * (size + 64), shift)
+    shared, ours, theirs = Shared(32, ahead, begin), np.zeros(pieces, np.uint64), np.zeros(pieces, np.uint64)
+    summed = taken = 0
+    while taken < pieces:
+        summed = move.lead(MEMORY, source_at, size, summed, shared.ledger, begin, turn)
+        assert summed == min(pieces, taken + ahead) and shared.summed[0] == begin + summed
+        taken = move.follow(
+            MEMORY, source_at, target, target_at, size, taken, shared.ledger, begin, turn, (ours, theirs), GOING_ON
+        )
+        assert taken == summed and shared.taken[0] == begin + taken
+    assert ours.tolist() == theirs.tolist() == expected_checksums(MEMORY, source_at, size)
+    assert expected_checksums(target, target_at, size) == ours.tolist()
+
+
+@needs_compiler
+def test_two_threads_in_step() -> None:
+    """Neither overtakes the other, and no sum is overwritten before it is read, in a ring that is just large enough."""
+    size, blocks, layers = 4096, 60, 5
+    source_at, target_at = scattered(blocks, 2, size, 3, 64, layers)
+    target, shared = aligned(layers * blocks * 2 * (size + 64)), Shared(16, 12)
+    pieces, right = layers * blocks, expected_checksums(MEMORY, source_at, size)
+
+    def lead() -> None:
+        for frame in range(20):
+            done = 0
+            while done < pieces:
+                done = move.lead(MEMORY, source_at, size, done, shared.ledger, frame * pieces, 4)
+
+    source = threading.Thread(target=lead, daemon=True)
+    source.start()
+    for frame in range(20):
+        ours, theirs, done = np.zeros(pieces, np.uint64), np.zeros(pieces, np.uint64), 0
+        while done < pieces:
+            done = move.follow(
+                *(MEMORY, source_at, target, target_at, size, done, shared.ledger, frame * pieces, 4),
+                (ours, theirs), GOING_ON,
+            )  # fmt: skip
+        assert ours.tolist() == theirs.tolist() == right, frame
+        target[:] = 0
+    source.join(20)
+    assert not source.is_alive()
+
+
+@needs_compiler
+def test_who_is_told_that_it_is_over_copies_no_more() -> None:
+    source_at, target_at = scattered(8, 1, 4096, 1, 64)
+    target, shared, sums = aligned(8 * (4096 + 64)), Shared(32, 16), (np.zeros(8, np.uint64), np.zeros(8, np.uint64))
+    assert move.lead(MEMORY, source_at, 4096, 0, shared.ledger, 0, 4) == 8
+    over = np.ones(1, np.int32)
+    assert move.follow(MEMORY, source_at, target, target_at, 4096, 0, shared.ledger, 0, 4, sums, over) == 0
+    assert not target.any() and shared.taken[0] == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("summed", [0, 5, 2**64 - 1])
+def test_a_counter_that_goes_back_leaves_nothing_to_copy(summed: int) -> None:
+    source_at, target_at = scattered(8, 1, 4096, 1, 64)
+    target, shared, sums = aligned(8 * (4096 + 64)), Shared(32, 16), (np.zeros(8, np.uint64), np.zeros(8, np.uint64))
+    shared.summed[0] = summed
+    assert move.follow(MEMORY, source_at, target, target_at, 4096, 0, shared.ledger, 10, 4, sums, GOING_ON) == 0
+    assert not target.any()
+
+
+@needs_compiler
+def test_blocks_that_are_not_there_are_neither_summed_nor_copied() -> None:
+    grid, shared = move.Grid(0, 4096, 2048, 2, 5, 2, 20_480), Shared(32, 16)
+    bad, good = move.Places(grid, np.array([4, 5])), move.Places(grid, np.array([4, 3]))
+    target, sums = aligned(MEMORY.size), (np.zeros(4, np.uint64), np.zeros(4, np.uint64))
+    with pytest.raises(IndexError):
+        move.lead(MEMORY, bad, 2048, 0, shared.ledger, 0, 4)
+    shared.summed[0] = 4
+    for source_at, target_at in ((bad, good), (good, bad)):
+        with pytest.raises(IndexError):
+            move.follow(MEMORY, source_at, target, target_at, 2048, 0, shared.ledger, 0, 4, sums, GOING_ON)
+    assert shared.taken[0] == 0 and not target.any()
+    with pytest.raises(ValueError, match="places"):
+        move.follow(MEMORY, good, target, good, 2048, 0, shared.ledger, 0, 4, (sums[0][:1], sums[1]), GOING_ON)

@@ -6,18 +6,20 @@ from __future__ import annotations
 import itertools
 from array import array
 
+import numpy as np
 import pytest
 import torch
 
 from baton.common.errors import HandoverFailed, TransportFailed
 from baton.kvtransfer.cuda_ipc import CudaMemory, PeerCudaMemory
 from baton.kvtransfer.device_store import DeviceStore
-from baton.kvtransfer.fetched import FetchTaker, fetch_taker
+from baton.kvtransfer.fetched import FetchTaker
 from baton.kvtransfer.layout import piece_bytes
 from baton.kvtransfer.wire import FrameHeader
 from tests.kvtransfer.stores import FORMAT, WHOLE, values
 
 BLOCKS = 6
+GOING_ON = np.zeros(1, np.int32)
 SIZE = FORMAT.num_layers * BLOCKS * FORMAT.block_bytes
 
 
@@ -62,18 +64,17 @@ def source(driver: HostDriver) -> CudaMemory:
 
 
 def frame(source: CudaMemory, slot: int, blocks: tuple[int, ...], handover_id: int = 7) -> FrameHeader:
-    sums = DeviceStore(source.memory, FORMAT, 0, BLOCKS).checksums(1, blocks, WHOLE)
+    sums = DeviceStore(source.memory, FORMAT, 0, BLOCKS).checksums(range(1, 2), blocks, WHOLE)
     size = len(blocks) * piece_bytes(FORMAT, WHOLE)
-    return FrameHeader(handover_id, 1, 1, 0, len(blocks), size, sums.tobytes(), array("q", blocks).tobytes(), slot)
+    return FrameHeader(handover_id, 1, 1, 1, 0, len(blocks), size, sums.tobytes(), array("q", blocks).tobytes(), slot)
 
 
 def test_a_peer_fetches_what_is_vouched_for(driver: HostDriver, source: CudaMemory) -> None:
     target = CudaMemory(driver, SIZE)
     store = DeviceStore(target.memory, FORMAT, 0, BLOCKS)
-    taker = fetch_taker(target, source.address(BLOCKS), FORMAT, FORMAT)
+    taker = FetchTaker(target.peer(source.address(BLOCKS), FORMAT), FORMAT)
     header = frame(source, source.claim(7), (4, 1))
-    sums = taker.land(store, header, (0, 5), WHOLE)
-    assert sums.tobytes() == header.checksums
+    assert taker.land(store, header, (0, 5), WHOLE, GOING_ON)
     ours, theirs = (memory.view(FORMAT.num_layers, BLOCKS, -1)[1] for memory in (target.memory, source.memory))
     assert torch.equal(ours[[0, 5]], theirs[[4, 1]])
     taker.close()
@@ -88,20 +89,20 @@ def test_what_is_given_up_while_it_is_copied_does_not_count(driver: HostDriver, 
     header = frame(source, slot, (4,))
     source.release(slot)
     with pytest.raises(HandoverFailed, match="gave the blocks up"):
-        taker.land(store, header, (0,), WHOLE)
+        taker.land(store, header, (0,), WHOLE, GOING_ON)
     source.claim(8)  # the slot's next owner does not vouch for its last one's blocks
     with pytest.raises(HandoverFailed, match="gave the blocks up"):
-        taker.land(store, header, (0,), WHOLE)
+        taker.land(store, header, (0,), WHOLE, GOING_ON)
 
 
 def test_blocks_that_the_source_does_not_have_are_refused(driver: HostDriver, source: CudaMemory) -> None:
     store = DeviceStore(torch.zeros(SIZE, dtype=torch.uint8), FORMAT, 0, BLOCKS)
     taker = FetchTaker(source.peer(source.address(BLOCKS), FORMAT), FORMAT)
     header = FrameHeader(
-        7, 1, 0, 0, 1, piece_bytes(FORMAT, WHOLE), bytes(8), array("q", [BLOCKS]).tobytes(), source.claim(7)
+        7, 1, 0, 1, 0, 1, piece_bytes(FORMAT, WHOLE), bytes(8), array("q", [BLOCKS]).tobytes(), source.claim(7)
     )
     with pytest.raises(HandoverFailed, match="does not have"):
-        taker.land(store, header, (0,), WHOLE)
+        taker.land(store, header, (0,), WHOLE, GOING_ON)
     assert not store.memory.any()
 
 

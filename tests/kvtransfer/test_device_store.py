@@ -25,12 +25,12 @@ def test_packs_and_unpacks_what_a_host_store_does(dtype: str, route: Route) -> N
     host, device = same_pools(kept, BLOCKS)
     part, blocks = Cut((7, 2, 5), 0, 3), (1, 8, 3)
     data, other = (store.buffer(3 * piece_bytes(kept, route)) for store in (host, device))
-    sums = host.pack(1, part, route, kept, data)
-    assert np.array_equal(device.pack(1, part, route, kept, other), sums)
+    sums = host.pack(range(1, 2), part, route, kept, data)
+    assert np.array_equal(device.pack(range(1, 2), part, route, kept, other), sums)
     assert data == other and sums.all()
-    assert np.array_equal(device.checksums(1, part.blocks, route), sums)
+    assert np.array_equal(device.checksums(range(1, 2), part.blocks, route), sums)
     for store in (host, device):
-        assert np.array_equal(store.unpack(0, blocks, route, other.toreadonly()), sums)
+        assert np.array_equal(store.unpack(range(1), blocks, route, other.toreadonly()), sums)
     assert np.array_equal(host.memory, device.memory.numpy())
 
 
@@ -38,12 +38,12 @@ def test_packs_into_and_unpacks_from_the_device() -> None:
     host, device = same_pools(FORMAT, BLOCKS)
     size = 2 * piece_bytes(FORMAT, WHOLE)
     expected = host.buffer(size)
-    sums = host.pack(0, Cut((4, 9), 0, 2), WHOLE, FORMAT, expected)
+    sums = host.pack(range(1), Cut((4, 9), 0, 2), WHOLE, FORMAT, expected)
     staged = torch.empty(size, dtype=torch.uint8)
-    assert np.array_equal(device.pack(0, Cut((4, 9), 0, 2), WHOLE, FORMAT, staged), sums)
+    assert np.array_equal(device.pack(range(1), Cut((4, 9), 0, 2), WHOLE, FORMAT, staged), sums)
     assert staged.numpy().data == expected
-    assert np.array_equal(device.unpack(1, (0, 1), WHOLE, staged), sums)
-    host.unpack(1, (0, 1), WHOLE, expected)
+    assert np.array_equal(device.unpack(range(1, 2), (0, 1), WHOLE, staged), sums)
+    host.unpack(range(1, 2), (0, 1), WHOLE, expected)
     assert np.array_equal(host.memory, device.memory.numpy())
 
 
@@ -56,8 +56,8 @@ def test_cuts_and_converts_as_a_host_store_does(dtype: str, size: int, part: Cut
     target = replace(FORMAT, block_size=size, dtype=dtype)
     route = Route(0, 0, 1, 0, 2)
     data, other = (store.buffer(part.count * piece_bytes(target, route)) for store in (host, device))
-    sums = host.pack(1, part, route, target, data)
-    assert np.array_equal(device.pack(1, part, route, target, other), sums)
+    sums = host.pack(range(1, 2), part, route, target, data)
+    assert np.array_equal(device.pack(range(1, 2), part, route, target, other), sums)
     assert data == other
 
 
@@ -67,7 +67,8 @@ def test_quantised_rows_are_cut_with_their_scales() -> None:
     target = replace(kept, block_size=8)
     data, other = (store.buffer(3 * piece_bytes(target, WHOLE)) for store in (host, device))
     assert np.array_equal(
-        host.pack(0, Cut((7, 2), 8, 3), WHOLE, target, data), device.pack(0, Cut((7, 2), 8, 3), WHOLE, target, other)
+        host.pack(range(1), Cut((7, 2), 8, 3), WHOLE, target, data),
+        device.pack(range(1), Cut((7, 2), 8, 3), WHOLE, target, other),
     )
     assert data == other
 
@@ -76,20 +77,20 @@ def test_fetches_out_of_a_peers_pool() -> None:
     host, device = same_pools(FORMAT, BLOCKS)
     peer = values(FORMAT, 20, seed=5)
     route = Route(0, 0, 1, 0, 3)
-    sums = host.fetch(peer, FORMAT, 20, 1, (19, 3), (2, 6), route)
-    assert np.array_equal(device.fetch(torch.from_numpy(peer), FORMAT, 20, 1, (19, 3), (2, 6), route), sums)
+    sums = host.fetch(peer, FORMAT, 20, range(1, 2), (19, 3), (2, 6), route)
+    assert np.array_equal(device.fetch(torch.from_numpy(peer), FORMAT, 20, range(1, 2), (19, 3), (2, 6), route), sums)
     assert np.array_equal(host.memory, device.memory.numpy())
     with pytest.raises(IndexError):
-        device.fetch(torch.from_numpy(peer), FORMAT, 20, 1, (20,), (2,), route)
+        device.fetch(torch.from_numpy(peer), FORMAT, 20, range(1, 2), (20,), (2,), route)
 
 
 def test_unchecked_sums_are_zero() -> None:
     memory = torch.from_numpy(values(FORMAT, BLOCKS))
     store = DeviceStore(memory, FORMAT, 0, BLOCKS, checked=False)
     data = store.buffer(piece_bytes(FORMAT, WHOLE))
-    assert not store.pack(0, Cut((4,), 0, 1), WHOLE, FORMAT, data).any()
-    assert not store.checksums(0, (4,), WHOLE).any()
-    assert not store.unpack(0, (5,), WHOLE, data).any()
+    assert not store.pack(range(1), Cut((4,), 0, 1), WHOLE, FORMAT, data).any()
+    assert not store.checksums(range(1), (4,), WHOLE).any()
+    assert not store.unpack(range(1), (5,), WHOLE, data).any()
     layers = memory.view(FORMAT.num_layers, BLOCKS, -1)
     assert torch.equal(layers[0, 5], layers[0, 4])
 
@@ -109,7 +110,7 @@ def test_a_device_that_fails_is_a_transport_that_fails(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(device_store.pack, "checksums", broken)
     with pytest.raises(TransportFailed, match="illegal memory access"):
-        device.checksums(0, (1,), WHOLE)
+        device.checksums(range(1), (1,), WHOLE)
 
 
 def test_a_device_that_does_not_get_to_a_mark_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

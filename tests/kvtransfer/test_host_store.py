@@ -4,6 +4,7 @@ ends, what was a token's KV in the source is its KV in the target, and nothing e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from baton.kvtransfer.convert import convert
 from baton.kvtransfer.host_store import HostStore
 from baton.kvtransfer.layout import as_kept, cut, piece_bytes, routes
 
-LAYERS, HEAD_DIM, SPARE = 2, 8, 3
+LAYERS, HEAD_DIM, SPARE = 3, 8, 3
 Bytes = NDArray[np.uint8]
 
 
@@ -89,44 +90,47 @@ def test_each_token_keeps_its_kv(
 ) -> None:
     """By pack and unpack, or fetched where rows are kept alike; the first `skip` target blocks do not travel."""
     source, target = forms
-    rng, layer = np.random.default_rng(seed), seed % LAYERS
+    rng, start = np.random.default_rng(seed), seed % LAYERS
+    layers = range(start, min(LAYERS, start + 1 + seed // LAYERS % LAYERS))
     theirs = -(-tokens // source.block_size)
     ours = -(-tokens // target.block_size)
     skip = min(skip, ours - 1)
     from_blocks = rng.permutation(theirs + SPARE)[:theirs].tolist()
     to_blocks = rng.permutation(ours + SPARE)[:ours].tolist()
-    kv = random_kv(source, tokens, rng)
+    kv = {layer: random_kv(source, tokens, rng) for layer in layers}
     givers = [store(source, rank, theirs + SPARE) for rank in range(source.tp)]
     for giver in givers:
         mine = source.heads(giver.rank)
-        for token in range(tokens):
-            put_token(giver, layer, from_blocks, token, kv[token][:, mine.start : mine.stop])
+        for layer, token in product(layers, range(tokens)):
+            put_token(giver, layer, from_blocks, token, kv[layer][token][:, mine.start : mine.stop])
     takers = [store(target, rank, ours + SPARE) for rank in range(target.tp)]
     before = [taker.memory.copy() for taker in takers]
     part, landing = cut(from_blocks, source.block_size, target.block_size, skip, ours), to_blocks[skip:]
     for route in routes(source, target):
         giver, taker = givers[route.source_rank], takers[route.target_rank]
         if fetched and as_kept(source, target):
-            sums = giver.checksums(layer, part.blocks, route)
+            sums = giver.checksums(layers, part.blocks, route)
             peer = (giver.memory, source, giver.num_blocks)
-            landed = taker.fetch(*peer, layer, part.blocks, landing, route)
+            landed = taker.fetch(*peer, layers, part.blocks, landing, route)
         else:
-            data = bytearray(part.count * piece_bytes(target, route))
-            sums = giver.pack(layer, part, route, target, memoryview(data))
-            landed = taker.unpack(layer, landing, route, memoryview(data))
-            size = len(data) // part.count
-            assert [xxhash.xxh3_64_intdigest(data[i * size : (i + 1) * size]) for i in range(part.count)] == [*sums]
+            pieces = len(layers) * part.count
+            data = bytearray(pieces * piece_bytes(target, route))
+            sums = giver.pack(layers, part, route, target, memoryview(data))
+            landed = taker.unpack(layers, landing, route, memoryview(data))
+            size = len(data) // pieces
+            assert [xxhash.xxh3_64_intdigest(data[i * size : (i + 1) * size]) for i in range(pieces)] == [*sums]
         assert np.array_equal(sums, landed)
-    expected = as_in(target, source, kv)
+    expected = {layer: as_in(target, source, kv[layer]) for layer in layers}
     for taker, old in zip(takers, before, strict=True):
         mine = target.heads(taker.rank)
-        for token in range(skip * target.block_size, tokens):
+        for layer, token in product(layers, range(skip * target.block_size, tokens)):
             got = token_kv(taker, layer, to_blocks, token)
-            assert np.array_equal(got, expected[token][:, mine.start : mine.stop]), token
+            assert np.array_equal(got, expected[layer][token][:, mine.start : mine.stop]), (layer, token)
         blocks = (LAYERS, taker.num_blocks, -1)
         now, then = taker.memory.reshape(blocks), old.reshape(blocks)
-        assert np.array_equal(np.delete(now[layer], landing, axis=0), np.delete(then[layer], landing, axis=0))
-        assert np.array_equal(now[1 - layer], then[1 - layer])
+        for layer in range(LAYERS):
+            written = landing if layer in layers else []
+            assert np.array_equal(np.delete(now[layer], written, axis=0), np.delete(then[layer], written, axis=0))
 
 
 @pytest.mark.parametrize("blocks", [[5], [0, 5], [-1]])
@@ -136,5 +140,6 @@ def test_what_a_peer_does_not_have_cannot_be_fetched(blocks: list[int]) -> None:
     before = own.memory.copy()
     (route,) = routes(form, form)
     with pytest.raises(IndexError):
-        own.fetch(peer.memory, form, 5, LAYERS - 1 if -1 not in blocks else 0, blocks, range(len(blocks)), route)
+        layer = range(LAYERS - 1, LAYERS) if -1 not in blocks else range(1)
+        own.fetch(peer.memory, form, 5, layer, blocks, range(len(blocks)), route)
     assert np.array_equal(own.memory, before)

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,11 +13,12 @@ import pytest
 from baton.common.clock import ManualClock
 from baton.common.errors import HandoverFailed, StaleAttempt
 from baton.common.messages import Filled, Spoiled
+from baton.kernels.move import Flag
 from baton.kvtransfer import wire
 from baton.kvtransfer.inlet import RankInlet
 from baton.kvtransfer.layout import Route
 from baton.kvtransfer.transport import Store
-from baton.kvtransfer.wire import Checksums, FrameHeader
+from baton.kvtransfer.wire import FrameHeader
 from tests.toy import FORMAT, LAYERS, ToyPool
 
 SOURCE = ("prefill-0", 11)
@@ -32,19 +34,23 @@ class Given:
 
     def fetch(self, header: FrameHeader) -> None: ...
 
-    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
         if callable(self.at_landing):
             self.at_landing()
-        return store.unpack(header.layer, blocks, route, memoryview(bytes([self.value]) * header.size))
+        data = memoryview(bytes([self.value]) * header.size)
+        header.confirm(store.unpack(header.all_layers, blocks, route, data))
+        return True
+
+    def leave(self, header: FrameHeader) -> None: ...
 
     def close(self) -> None: ...
 
 
-def frame(layer: int, first: int, count: int, value: int = 7) -> FrameHeader:
-    size = count * FORMAT.block_bytes
-    scratch = ToyPool(count)
-    sums = scratch.store.unpack(0, range(count), ROUTE, memoryview(bytes([value]) * size))
-    return FrameHeader(5, 1, layer, first, count, size, sums.tobytes())
+def frame(layer: int, first: int, count: int, value: int = 7, layers: int = 1) -> FrameHeader:
+    size = layers * count * FORMAT.block_bytes
+    scratch = ToyPool(layers * count)
+    sums = scratch.store.unpack(range(1), range(layers * count), ROUTE, memoryview(bytes([value]) * size))
+    return FrameHeader(5, 1, layer, layers, first, count, size, sums.tobytes())
 
 
 @pytest.fixture
@@ -79,6 +85,96 @@ def test_bytes_land_in_the_reserved_blocks_and_nowhere_else(
         for block in range(8):
             value = {6: 10 + layer, 1: 10 + layer, 4: 20 + layer}.get(block, 0)
             assert (pool.bytes[layer, block] == value).all()
+
+
+def test_a_frame_may_be_of_several_layers(inlet: RankInlet, pool: ToyPool, posted: list[Filled | Spoiled]) -> None:
+    inlet.expect(KEY, 4)
+    inlet.receive(SOURCE, 0, frame(0, 2, 3, 9, layers=LAYERS - 1), Given(9))
+    assert posted == [] and (pool.bytes[: LAYERS - 1, [6, 1, 4]] == 9).all() and not pool.bytes[LAYERS - 1].any()
+    with pytest.raises(HandoverFailed, match="no layer"):
+        inlet.receive(SOURCE, 0, frame(1, 2, 3, layers=LAYERS), Given())
+
+
+def test_several_layers_complete_what_is_expected_of_them(inlet: RankInlet, posted: list[Filled | Spoiled]) -> None:
+    inlet.expect(KEY, 4)
+    inlet.receive(SOURCE, 0, frame(0, 2, 1), Given())
+    inlet.receive(SOURCE, 0, frame(0, 3, 2), Given())
+    inlet.receive(SOURCE, 0, frame(1, 4, 1, layers=LAYERS - 1), Given())  # beyond what is expected
+    assert posted == []
+    inlet.receive(SOURCE, 0, frame(1, 2, 2, layers=LAYERS - 1), Given())
+    assert posted == [Filled(KEY)]
+
+
+def test_several_layers_may_come_again(inlet: RankInlet, posted: list[Filled | Spoiled]) -> None:
+    inlet.expect(KEY, 5)
+    for _ in range(2):
+        inlet.receive(SOURCE, 0, frame(0, 2, 3, layers=LAYERS), Given())
+    assert posted == [Filled(KEY)]
+
+
+def test_the_loop_need_not_wait_for_a_landing_to_say_what_it_expects(
+    inlet: RankInlet, posted: list[Filled | Spoiled]
+) -> None:
+    with ThreadPoolExecutor() as threads:
+        taker = Given(at_landing=lambda: threads.submit(inlet.expect, KEY, 5).result(20))
+        inlet.receive(SOURCE, 0, frame(0, 2, 3, layers=LAYERS), taker)
+    assert posted == [Filled(KEY)]
+
+
+class InPart(Given):
+    """Of whose frame only some is at hand: `lacking` times more has to be fetched."""
+
+    def __init__(self, lacking: int, at_fetch: Callable[[], object] = lambda: None) -> None:
+        super().__init__()
+        self.lacking, self.at_fetch = lacking, at_fetch
+
+    def fetch(self, header: FrameHeader) -> None:
+        self.at_fetch()
+
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+        self.lacking -= 1
+        return self.lacking < 0 and super().land(store, header, blocks, route, over)
+
+
+def test_what_has_landed_in_part_has_not_arrived(inlet: RankInlet, posted: list[Filled | Spoiled]) -> None:
+    inlet.expect(KEY, 5)
+    fetched: list[int] = []
+    taker = InPart(3, lambda: fetched.append(len(posted)))
+    inlet.receive(SOURCE, 0, frame(0, 2, 3, layers=LAYERS), taker)
+    assert fetched == [0, 0, 0] and posted == [Filled(KEY)]
+
+
+def test_nobody_waits_for_the_rest_of_what_is_wanted_no_more(inlet: RankInlet) -> None:
+    """The loop may close a reservation while its bytes are waited for: no lock is held then."""
+    fetched: list[int] = []
+
+    def close() -> None:
+        fetched.append(1)
+        inlet.close(KEY)
+
+    with pytest.raises(StaleAttempt):
+        inlet.receive(SOURCE, 0, frame(0, 2, 3), InPart(1000, close))
+    assert fetched == [1]
+
+
+def test_a_landing_is_told_that_it_is_over(inlet: RankInlet) -> None:
+    inside, seen = threading.Event(), threading.Event()
+
+    class Long(Given):
+        def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+            inside.set()
+            end = time.monotonic() + 20
+            while not over[0] and time.monotonic() < end:
+                time.sleep(0.001)
+            seen.set()
+            return False
+
+    with ThreadPoolExecutor() as threads:
+        landing = threads.submit(inlet.receive, SOURCE, 0, frame(0, 2, 3), Long())
+        assert inside.wait(20)
+        inlet.close(KEY)
+        assert seen.is_set(), "close returned while somebody was writing"
+        assert isinstance(landing.exception(20), StaleAttempt)
 
 
 @pytest.mark.parametrize("expected", [2, 3, 4, 5])
@@ -213,13 +309,13 @@ def test_a_source_of_two_ranks_is_complete_with_both(pool: ToyPool, posted: list
         for layer in range(LAYERS):
             assert posted == []
             route = Route(rank, 0, 0, rank, 1)
-            sums = store.unpack(layer, [3], route, memoryview(bytes([7]) * size))
-            inlet.receive(SOURCE, rank, FrameHeader(5, 1, layer, 0, 1, size, sums.tobytes()), Given())
+            sums = store.unpack(range(layer, layer + 1), [3], route, memoryview(bytes([7]) * size))
+            inlet.receive(SOURCE, rank, FrameHeader(5, 1, layer, 1, 0, 1, size, sums.tobytes()), Given())
     assert posted == [Filled(KEY)]
 
 
 def test_headers_travel_whole() -> None:
-    header = FrameHeader(5, 1, 2, 3, 2, 64, b"0123456789abcdef", array("q", [7, 9]).tobytes(), 11)
+    header = FrameHeader(5, 1, 2, 1, 3, 2, 64, b"0123456789abcdef", array("q", [7, 9]).tobytes(), 11)
     assert wire.unpack(wire.pack(header)) == header
 
 
@@ -230,14 +326,17 @@ def test_headers_travel_whole() -> None:
         b"abc",
         b"\xff\xff\xff\xff",
         b"\xc1",
-        wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, b"short")),
-        wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, bytes(16), bytes(15))),
-        wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, bytes(16), bytes(8))),  # blocks of one piece of two
-        wire.pack(FrameHeader(5, 1, 2, 3, 2, 64, bytes(16), "x" * 16)),  # type: ignore[arg-type]
-        wire.pack(FrameHeader(5, 1, 2, 3, 0, 0, b"")),
-        wire.pack(FrameHeader(5, 1, 2, -3, 2, 64, bytes(16))),
-        wire.pack(FrameHeader(5, 1, 1 << 63, 3, 2, 64, bytes(16))),
-        wire.pack(FrameHeader(5, 1, True, 3, 2, 64, bytes(16))),
+        wire.pack(FrameHeader(5, 1, 2, 1, 3, 2, 64, b"short")),
+        wire.pack(FrameHeader(5, 1, 2, 1, 3, 2, 64, bytes(16), bytes(15))),
+        wire.pack(FrameHeader(5, 1, 2, 1, 3, 2, 64, bytes(16), bytes(8))),  # blocks of one piece of two
+        wire.pack(FrameHeader(5, 1, 2, 1, 3, 2, 64, bytes(16), "x" * 16)),  # type: ignore[arg-type]
+        wire.pack(FrameHeader(5, 1, 2, 1, 3, 0, 0, b"")),
+        wire.pack(FrameHeader(5, 1, 2, 0, 3, 2, 64, b"")),
+        wire.pack(FrameHeader(5, 1, 2, wire.MAX_PIECES, 3, 2, 64, b"")),
+        wire.pack(FrameHeader(5, 1, 2, 3, 3, 2, 64, bytes(16))),  # checksums of one layer of three
+        wire.pack(FrameHeader(5, 1, 2, 1, -3, 2, 64, bytes(16))),
+        wire.pack(FrameHeader(5, 1, 1 << 63, 1, 3, 2, 64, bytes(16))),
+        wire.pack(FrameHeader(5, 1, True, 1, 3, 2, 64, bytes(16))),
     ],
 )
 def test_junk_is_a_typed_error(junk: bytes) -> None:

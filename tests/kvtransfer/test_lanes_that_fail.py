@@ -91,16 +91,6 @@ def test_a_connection_is_let_go_when_both_threads_have_ended() -> None:
     assert giver.released.wait(20)
 
 
-@pytest.mark.parametrize(("transport", "asked", "kept"), [("shm", 3, 2), ("shm", 1, 1), ("cuda-ipc", 3, 3)])
-def test_a_source_does_not_drive_what_it_has_hashed_out_of_the_cache(transport: str, asked: int, kept: int) -> None:
-    store: Any = SimpleNamespace(format=FORMAT, rank=0)
-    config = HandoverConfig(frame_bytes=4 * FORMAT.block_bytes, window_frames=asked)
-    made = LaneOutlet(store, config, ManualClock(), raises(WorkerLost("nobody")), lambda _: None)
-    made.open(1, 1, TARGET, transport)
-    (lane,) = made._transfers[1].lanes
-    assert lane._window == kept * config.frame_bytes
-
-
 def test_a_block_that_is_more_than_a_frame_fits_the_window() -> None:
     """A piece is not split, whatever a frame should hold."""
     store: Any = SimpleNamespace(format=FORMAT, rank=0)

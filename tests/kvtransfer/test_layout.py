@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from baton.common.errors import FingerprintMismatch, InvalidRequest
 from baton.common.kv_format import KvFormat
-from baton.kvtransfer.layout import cut, in_payload, in_pool, piece_bytes, routes, tokens_of
+from baton.kvtransfer.layout import count_frames, cut, frames, in_payload, in_pool, piece_bytes, routes, tokens_of
 
 TPS = (1, 2, 4, 8)
 HEADS = (1, 2, 4, 8, 16)
@@ -87,8 +87,8 @@ def test_pieces_carry_the_heads_to_their_place(
         written = np.zeros_like(pool)
         for route in (r for r in routes(source, target) if r.target_rank == rank):
             half = piece_bytes(target, route) // 2
-            sources = in_pool(source, num, layer, theirs, route.source_head, route.heads)
-            targets = in_pool(target, num, layer, ours, route.target_head, route.heads)
+            sources = in_pool(source, num, range(layer, layer + 1), theirs, route.source_head, route.heads)
+            targets = in_pool(target, num, range(layer, layer + 1), ours, route.target_head, route.heads)
             for a, b in zip(sources.offsets().flat, targets.offsets().flat, strict=True):
                 pool[b : b + half] = pools[route.source_rank][a : a + half]
                 written[b : b + half] += 1
@@ -117,6 +117,25 @@ def test_cuts_name_every_token_of_the_target_blocks(
         if token < tokens:
             assert (block[i], slot[i]) == (blocks[token // source_size], token % source_size)
         assert 0 <= slot[i] < source_size and block[i] in blocks
+
+
+@given(
+    st.integers(1, 20), st.integers(1, 20), st.integers(1, 200), st.integers(1, 6), st.integers(1, 30), st.data()
+)  # fmt: skip
+def test_frames_are_all_pieces_once_and_as_many_as_counted(
+    source_size: int, target_size: int, tokens: int, layers: int, most: int, data: st.DataObject
+) -> None:
+    end = -(-tokens // target_size)
+    first = data.draw(st.integers(0, end - 1))
+    part = cut(range(-(-tokens // source_size)), source_size, target_size, first, end)
+    found = list(frames(range(2, 2 + layers), part, source_size, target_size, most))
+    assert len(found) == count_frames(layers, part.count, most)
+    pieces = [(layer, i + j) for those, i, some in found for layer in those for j in range(some.count)]
+    assert sorted(pieces) == [(layer, i) for layer in range(2, 2 + layers) for i in range(part.count)]
+    for those, i, some in found:
+        assert len(those) * some.count <= most
+        expected = cut(range(-(-tokens // source_size)), source_size, target_size, first + i, first + i + some.count)
+        assert (list(some.blocks), some.offset) == (list(expected.blocks), expected.offset)
 
 
 def test_payload_offsets_follow_each_other() -> None:

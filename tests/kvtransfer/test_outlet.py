@@ -90,9 +90,11 @@ class Recorder:
     prepared: queue.SimpleQueue[tuple[int, int, int, list[int]]] = field(default_factory=queue.SimpleQueue)
     answers: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue)
 
-    def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
-        self.prepared.put((handover_id, layer, first, list(part.blocks)))
-        return FrameHeader(handover_id, attempt, layer, first, part.count, self.piece * part.count, b"")
+    def prepare(self, handover_id: int, attempt: int, layers: range, first: int, part: Cut) -> FrameHeader:
+        for layer in layers:
+            self.prepared.put((handover_id, layer, first, list(part.blocks)))
+        size = len(layers) * part.count * self.piece
+        return FrameHeader(handover_id, attempt, layers.start, len(layers), first, part.count, size, b"")
 
     def give(self, header: FrameHeader) -> None:
         """It leaves."""
@@ -223,11 +225,11 @@ def test_a_frame_that_is_made_keeps_nobody_from_offering_more() -> None:
     making, made = threading.Event(), threading.Event()
 
     class Busy(Recorder):
-        def prepare(self, handover_id: int, attempt: int, layer: int, first: int, part: Cut) -> FrameHeader:
-            if layer == 1:
+        def prepare(self, handover_id: int, attempt: int, layers: range, first: int, part: Cut) -> FrameHeader:
+            if 1 in layers:
                 making.set()
                 assert made.wait(30)
-            return super().prepare(handover_id, attempt, layer, first, part)
+            return super().prepare(handover_id, attempt, layers, first, part)
 
     with recorded(window=3, giver=Busy()) as (outlet, giver):
         offer = Offer(1, 0, Cut((5,), 0, 1))

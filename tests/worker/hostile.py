@@ -194,6 +194,6 @@ def lane(worker: Worker, hello: Greeting | bytes) -> Iterator[Lane]:
 def frame(which: int, first: int = 0, count: int = 1, value: int = 66, **changes: object) -> tuple[bytes, bytes]:
     """A frame as it should be, but for the changes, and its payload."""
     payload, scratch = bytes([value]) * (count * PIECE), ToyPool(count)
-    sums = scratch.store.unpack(0, range(count), Route(0, 0, 0, 0, 1), memoryview(payload)).tobytes()
-    header = replace(FrameHeader(which, 1, 0, first, count, len(payload), sums), **changes)
+    sums = scratch.store.unpack(range(1), range(count), Route(0, 0, 0, 0, 1), memoryview(payload)).tobytes()
+    header = replace(FrameHeader(which, 1, 0, 1, first, count, len(payload), sums), **changes)
     return wire.pack(header), payload

@@ -41,13 +41,13 @@ def around_give(worker: Worker, hook: Callable[[Any, FrameHeader], None]) -> Non
 
     def made(*args: Any) -> Any:
         giver = make(*args)
-        give = giver.give
+        send = giver._link.send
 
-        def wrapped(header: FrameHeader) -> None:
+        def wrapped(header: FrameHeader, *payload: memoryview) -> None:
             hook(giver, header)
-            give(header)
+            send(header, *payload)
 
-        giver.give = wrapped
+        giver._link.send = wrapped
         return giver
 
     worker.plane.outlet._make_giver = made
@@ -97,12 +97,12 @@ async def test_while_it_is_copied(house: House, router: Router, caplog: pytest.L
     decode = await house.worker("decode-0", Role.DECODE, engine)
     flips, fetch = Flips(2), engine.store.fetch
 
-    def fetched(peer: Any, form: Any, blocks: int, layer: int, theirs: Any, ours: Any, route: Any) -> Any:
+    def fetched(peer: Any, form: Any, blocks: int, layers: range, theirs: Any, ours: Any, route: Any) -> Any:
         if not flips.due():
-            return fetch(peer, form, blocks, layer, theirs, ours, route)
+            return fetch(peer, form, blocks, layers, theirs, ours, route)
         damaged = peer.copy()
-        flip(damaged, (layer * blocks + theirs[0]) * FORMAT.block_bytes)
-        return fetch(damaged, form, blocks, layer, theirs, ours, route)
+        flip(damaged, (layers.start * blocks + theirs[0]) * FORMAT.block_bytes)
+        return fetch(damaged, form, blocks, layers, theirs, ours, route)
 
     engine.store.fetch = fetched  # type: ignore[method-assign]
     await check(house, router, decode, flips, caplog)

@@ -137,12 +137,13 @@ def _greetings(worker: Worker) -> dict[str, Greeting | bytes]:
     good = greeting(worker)
     fields = (
         *(getattr(good, f) for f in ("name", "epoch", "rank", "target_epoch", "target_rank", "transport", "door")),
+        good.ledger,
     )
     other = replace(FORMAT, num_layers=99)
     return {
         "noise": b"\xc1 what?",
         "an empty one": b"",
-        "numbers for names": msgpack.packb((1, 2, 3, 4, 5, 6, 7, astuple(FORMAT))),
+        "numbers for names": msgpack.packb((1, 2, 3, 4, 5, 6, 7, 8, astuple(FORMAT))),
         "half a layer": msgpack.packb((*fields, (0.5, 1, 4, 4, "int8", 1))),
         "a thousand million layers": msgpack.packb((*fields, (10**9, 1, 4, 4, "int8", 1))),
         "a rank that is not there": replace(good, rank=1),
@@ -150,6 +151,9 @@ def _greetings(worker: Worker) -> dict[str, Greeting | bytes]:
         "another rank of ours": replace(good, target_rank=1),
         "a transport that nobody has": replace(good, transport="pigeon"),
         "a process group of another kind": replace(paired(worker), door="nccl"),
+        "pieces too small to be copied in step": replace(
+            good, transport="shm", door=ToyPool(8).shared.address(8), ledger="/proc/1/fd/1"
+        ),
         "shared memory of another model": replace(good, transport="shm", format=other),
         "shared memory kept in another way": replace(good, transport="shm", format=replace(FORMAT, block_size=8)),
     }
@@ -229,8 +233,8 @@ async def test_frames_of_shared_memory_that_point_elsewhere(scene: Scene, wrong:
     async with Control(scene.worker) as control:
         blocks = await control.reserved(1)
         before = scene.held(blocks)
-        sums = theirs.store.checksums(0, [5], Route(0, 0, 0, 0, 1)).tobytes()
-        header = replace(FrameHeader(1, 1, 0, 0, 1, PIECE, sums, array("q", [5]).tobytes(), slot), **wrong)
+        sums = theirs.store.checksums(range(1), [5], Route(0, 0, 0, 0, 1)).tobytes()
+        header = replace(FrameHeader(1, 1, 0, 1, 0, 1, PIECE, sums, array("q", [5]).tobytes(), slot), **wrong)
         with lane(scene.worker, greeting(scene.worker, transport="shm", door=theirs.shared.address(8))) as evil:
             assert await asyncio.to_thread(evil.answer) == ""
             assert await asyncio.to_thread(evil.frame, wire.pack(header))

@@ -24,12 +24,13 @@ from baton.engine.block_table import BlockTable
 from baton.engine.loop import EngineLoop
 from baton.engine.mailbox import FromRouter, FromSource, FromTarget, Inbox, InboxItem, Mail, Outbox, RouterJoined
 from baton.engine.role import Context, Limits
+from baton.kernels.move import Flag
 from baton.kvtransfer.fetched import FetchGiver, FetchTaker
 from baton.kvtransfer.inlet import RankInlet
 from baton.kvtransfer.inline import InlineGiver
 from baton.kvtransfer.layout import Route
 from baton.kvtransfer.transport import Giver, Offer, Store
-from baton.kvtransfer.wire import Checksums, FrameHeader
+from baton.kvtransfer.wire import FrameHeader
 from baton.worker.cast import Cast
 from tests.poison import Poison
 from tests.toy import BLOCK_SIZE, EOS, FORMAT, VOCAB, ToyPool, ToyRunner, endpoint
@@ -46,8 +47,11 @@ class Held:
 
     def fetch(self, header: FrameHeader) -> None: ...
 
-    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route) -> Checksums:
-        return store.unpack(header.layer, blocks, route, memoryview(self.data))
+    def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+        header.confirm(store.unpack(header.all_layers, blocks, route, memoryview(self.data)))
+        return True
+
+    def leave(self, header: FrameHeader) -> None: ...
 
     def close(self) -> None: ...
 
@@ -94,7 +98,9 @@ class Frames:
         if transfer := self._open.get(offer.handover_id):
             transfer.put += 1
             giver = transfer.giver
-            giver.give(giver.prepare(offer.handover_id, transfer.attempt, layer, offer.first, offer.cut))
+            giver.give(
+                giver.prepare(offer.handover_id, transfer.attempt, range(layer, layer + 1), offer.first, offer.cut)
+            )
 
     def close(self, handover_id: int) -> None:
         if transfer := self._open.pop(handover_id, None):
