@@ -67,7 +67,8 @@ class HandoverConfig:
     (`decode/moves.py`). Alike on all workers."""
     transport: str = "auto"
     """How KV travels to this worker: auto (the best that both ends have), cuda-ipc, shm, process-group, tcp or grpc.
-    One that a pair cannot use, or that fails, gives way to the next."""
+    One that a pair cannot use, or that fails, gives way to the next. Between CPUs a process group is only had, and
+    only let in, by who asks for it."""
     checksums: bool = True
     """Every piece is hashed at both ends; what does not match is recomputed."""
     frame_bytes: int = 256 << 20

@@ -6,7 +6,7 @@ is at the socket's other end. A pair fails as a whole and for good: whoever wait
 end hung up, makes another.
 
 A source that sends more by gloo than its header said ends the target's process, inside gloo. Such a worker is started
-again, and its streams go on elsewhere.
+again, and its streams go on elsewhere; and only those who ask for process groups between CPUs let gloo in at all.
 
 gloo between CPUs, NCCL between GPUs. NCCL has not been seen at work here: it refuses two ranks on one GPU, and no
 machine with two was to be had.

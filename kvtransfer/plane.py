@@ -61,8 +61,8 @@ class Plane:
         takers: dict[str, MakeTaker] = {"tcp": lambda _, connection: InlineTaker(connection, store)}
         if shared is not None:
             takers[shared.transport] = lambda greeting, connection: self._fetch_taker(shared, greeting, connection)
-        if groups is not None:
-            takers["process-group"] = groups.taker
+        if groups is not None and (groups.is_nccl or config.transport == "process-group"):
+            takers["process-group"] = groups.taker  # gloo ends the process of who gets more than was announced
         self._server = LaneServer(ref, store.rank, self.inlet, takers, config.lease_s)
         try:
             self._listener = Listener(host, 0, token, self._server.serve, "lane")

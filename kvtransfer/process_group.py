@@ -51,9 +51,15 @@ class ProcessGroups:
     patience: float
 
     @property
+    def is_nccl(self) -> bool:
+        """And not gloo, which only those take in who ask for it: a source that sends more than it has announced ends
+        the process of its target, which no check of ours can prevent."""
+        return self.device.type == "cuda"
+
+    @property
     def door(self) -> str:
         """What both ends must have in common."""
-        return "nccl" if self.device.type == "cuda" else "gloo"
+        return "nccl" if self.is_nccl else "gloo"
 
     def giver(self, link: SocketLink, store: Store, route: Route, target: KvFormat) -> GroupGiver:
         return GroupGiver(self, link, store, route, target)

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 LAYERS = 3
 BLOCK_SIZE = 4
-ENTRY = 8
-"""Bytes of KV of one token in one layer."""
+ENTRY = 56
+"""Bytes of KV of one token in one layer: so many that with blocks of BLOCK_SIZE shared memory can be copied in step."""
 
 TIMEOUT_S = 5.0
 VOCAB = 1000
@@ -47,7 +47,7 @@ def _next(kv: bytes) -> int:
 
 
 def _entry(token: int, position: int, layer: int) -> bytes:
-    return (token + 1).to_bytes(4, "little") + (position * LAYERS + layer + 1).to_bytes(4, "little")
+    return ((token + 1).to_bytes(4, "little") + (position * LAYERS + layer + 1).to_bytes(4, "little")) * (ENTRY // 8)
 
 
 def oracle(prompt: Sequence[int], count: int) -> list[int]:

@@ -65,9 +65,10 @@ class End:
         store = HostStore(shared.memory, format, 0, self.num_blocks, no_conversion, checked)
         address = events.run(self._serve())
         ref = WorkerRef(name, address, 1)
+        config = HandoverConfig(checksums=checked, transport="process-group")  # asks for gloo: else it is not let in
         self.plane = Plane(
-            ref, store, HandoverConfig(checksums=checked), TOKEN, HOST, RealClock(), events.loop, self._said.put,
-            shared, address, ProcessGroups(torch.device("cpu"), HOST, TIMEOUT_S),
+            ref, store, config, TOKEN, HOST, RealClock(), events.loop, self._said.put, shared,
+            address, ProcessGroups(torch.device("cpu"), HOST, TIMEOUT_S),
         )  # fmt: skip
         self.endpoint = Endpoint(ref, "", format, this_host(), (self.plane.door,))
 

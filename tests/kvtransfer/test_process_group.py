@@ -47,12 +47,13 @@ LEASE_S = 2.0
 class End:
     """A rank with its data plane. Needs no event loop that runs, as gRPC is not used here."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, transport: str = "process-group") -> None:
         self.said: queue.SimpleQueue[Filled | Spoiled | TransportBroken] = queue.SimpleQueue()
         self.memory = np.zeros(FORMAT.num_layers * BLOCKS * FORMAT.block_bytes, np.uint8)
         store = HostStore(self.memory, FORMAT, 0, BLOCKS, lambda rows, *_: rows)
         ref = WorkerRef(name, f"{HOST}:1", 1)
-        config = HandoverConfig(lease_s=LEASE_S, frame_bytes=8 * FORMAT.block_bytes, window_frames=4)
+        frame = 8 * FORMAT.block_bytes
+        config = HandoverConfig(transport=transport, lease_s=LEASE_S, frame_bytes=frame, window_frames=4)
         self.plane = Plane(
             ref, store, config, "secret", HOST, RealClock(), asyncio.new_event_loop(), self.said.put, None, "",
             ProcessGroups(CPU, HOST, LEASE_S),
@@ -393,3 +394,15 @@ def test_a_process_that_freezes_and_one_that_dies(ends: Callable[..., End], othe
         other.send_signal(signal.SIGCONT)
         here.plane.inlet.close(("other", 1, 5))
     assert soon(lambda: set(threading.enumerate()) <= threads), threading.enumerate()
+
+
+def test_gloo_is_let_in_by_those_who_ask_for_it() -> None:
+    """It ends the process of a target that is sent more than was announced."""
+    source, target = End("source"), End("target", transport="auto")
+    try:
+        source.plane.outlet.open(5, 1, target.endpoint, "process-group")
+        broken = source.hears()
+        assert isinstance(broken, TransportBroken) and broken.lasting and "no process-group here" in broken.message
+    finally:
+        source.stop()
+        target.stop()

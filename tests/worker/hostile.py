@@ -72,7 +72,7 @@ class Scene:
 async def a_scene() -> AsyncIterator[Scene]:
     house = House()
     await house.worker("prefill-0", Role.PREFILL)
-    worker = await house.worker("decode-0", Role.DECODE, toy_engine(PATIENCE_S))
+    worker = await house.worker("decode-0", Role.DECODE, toy_engine(PATIENCE_S), transport="process-group")
     router = Router("router", RouterConfig(lease_s=1.0, heartbeat_s=0.1), "secret")
     await router.start(house.members())
     pool = worker.plane.store.memory  # type: ignore[attr-defined]

@@ -77,16 +77,23 @@ async def test_in_the_source_after_it_was_hashed(
 ) -> None:
     """And it stays so: the source's own cache must not serve it any more."""
     engine = ToyEngine()
-    prefill = await house.worker("prefill-0", Role.PREFILL, engine)
+    await house.worker("prefill-0", Role.PREFILL, engine)
     decode = await house.worker("decode-0", Role.DECODE, transport="shm")
-    flips = Flips(2)
-    memory = engine.pool.shared.memory.reshape(LAYERS, engine.num_blocks, FORMAT.block_bytes)
+    flips, store, lead = Flips(2), engine.store, engine.store.lead
+    shared = store.memory
+    memory = shared.reshape(LAYERS, engine.num_blocks, FORMAT.block_bytes)
 
-    def hook(_: object, header: FrameHeader) -> None:
-        if flips.due():
-            flip(memory[header.layer, header.blocks[0]], 3)
+    def led(ledger: Any, done: int, layers: range, blocks: Any, route: Any) -> int:
+        if done or not flips.due():
+            return lead(ledger, done, layers, blocks, route)
+        store.memory = shared.copy()  # is summed, while the target copies what has been damaged since
+        flip(memory[layers.start, blocks[0]], 3)
+        try:
+            return lead(ledger, done, layers, blocks, route)
+        finally:
+            store.memory = shared
 
-    around_give(prefill, hook)
+    store.lead = led  # type: ignore[method-assign]
     await check(house, router, decode, flips, caplog)
 
 
@@ -95,14 +102,16 @@ async def test_while_it_is_copied(house: House, router: Router, caplog: pytest.L
     await house.worker("prefill-0", Role.PREFILL)
     engine = ToyEngine()
     decode = await house.worker("decode-0", Role.DECODE, engine)
-    flips, fetch = Flips(2), engine.store.fetch
+    flips, follow = Flips(2), engine.store.follow
 
-    def fetched(peer: Any, form: Any, blocks: int, layers: range, theirs: Any, ours: Any, route: Any) -> Any:
+    def followed(
+        ledger: Any, done: int, peer: Any, form: Any, blocks: int, layers: range, theirs: Any, *rest: Any
+    ) -> int:
         if not flips.due():
-            return fetch(peer, form, blocks, layers, theirs, ours, route)
+            return follow(ledger, done, peer, form, blocks, layers, theirs, *rest)
         damaged = peer.copy()
         flip(damaged, (layers.start * blocks + theirs[0]) * FORMAT.block_bytes)
-        return fetch(damaged, form, blocks, layers, theirs, ours, route)
+        return follow(ledger, done, damaged, form, blocks, layers, theirs, *rest)
 
-    engine.store.fetch = fetched  # type: ignore[method-assign]
+    engine.store.follow = followed  # type: ignore[method-assign]
     await check(house, router, decode, flips, caplog)

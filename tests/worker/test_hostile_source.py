@@ -108,15 +108,18 @@ JUNK = {
     "nothing": b"",
     "noise": os.urandom(64),
     "no header": msgpack.packb([1, 2, 3]),
-    "a negative block": msgpack.packb((1, 1, 0, -1, 1, PIECE, bytes(8), (), 0)),
-    "a number beyond all": msgpack.packb((1, 1, 0, 2**64 - 1, 1, PIECE, bytes(8), (), 0)),
-    "no pieces": msgpack.packb((1, 1, 0, 0, 0, 0, b"", (), 0)),
-    "a thousand million pieces": msgpack.packb((1, 1, 0, 0, 10**9, PIECE, bytes(8), (), 0)),
-    "text for blocks": msgpack.packb((1, 1, 0, 0, 1, PIECE, bytes(8), "a", 0)),
-    "bytes for blocks": msgpack.packb((1, 1, 0, 0, 1, PIECE, bytes(8), b"a", 0)),
-    "a map for blocks": msgpack.packb((1, 1, 0, 0, 1, PIECE, bytes(8), {1: 1}, 0)),
+    "a header of old": msgpack.packb((1, 1, 0, 0, 1, PIECE, bytes(8), b"", 0)),
+    "a negative block": msgpack.packb((1, 1, 0, 1, -1, 1, PIECE, bytes(8), b"", 0)),
+    "a number beyond all": msgpack.packb((1, 1, 0, 1, 2**64 - 1, 1, PIECE, bytes(8), b"", 0)),
+    "no blocks": msgpack.packb((1, 1, 0, 1, 0, 0, 0, b"", b"", 0)),
+    "no layers": msgpack.packb((1, 1, 0, 0, 0, 1, 0, b"", b"", 0)),
+    "a thousand million blocks": msgpack.packb((1, 1, 0, 1, 0, 10**9, PIECE, b"", b"", 0)),
+    "a thousand million layers": msgpack.packb((1, 1, 0, 10**9, 0, 1, PIECE, b"", b"", 0)),
+    "text for blocks": msgpack.packb((1, 1, 0, 1, 0, 1, PIECE, bytes(8), "aaaaaaaa", 0)),
+    "too few bytes for blocks": msgpack.packb((1, 1, 0, 1, 0, 1, PIECE, bytes(8), b"a", 0)),
+    "a map for blocks": msgpack.packb((1, 1, 0, 1, 0, 1, PIECE, bytes(8), {1: 1}, 0)),
     "nested without end": b"\x91" * 2000,
-    "more bytes than any frame": msgpack.packb((1, 1, 0, 0, 1, wire.MAX_FRAME + 1, bytes(8), (), 0)),
+    "more bytes than any frame": msgpack.packb((1, 1, 0, 1, 0, 1, wire.MAX_FRAME + 1, bytes(8), b"", 0)),
     "a header too long": bytes(wire.MAX_HEADER + 1),
 }
 
@@ -151,7 +154,7 @@ def _greetings(worker: Worker) -> dict[str, Greeting | bytes]:
         "another rank of ours": replace(good, target_rank=1),
         "a transport that nobody has": replace(good, transport="pigeon"),
         "a process group of another kind": replace(paired(worker), door="nccl"),
-        "pieces too small to be copied in step": replace(
+        "a ledger that is none": replace(
             good, transport="shm", door=ToyPool(8).shared.address(8), ledger="/proc/1/fd/1"
         ),
         "shared memory of another model": replace(good, transport="shm", format=other),

@@ -4,9 +4,11 @@ still ends with the oracle's tokens, soon, and the books balance. Nothing is wri
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import random
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,15 @@ from baton.common.config import RouterConfig
 from baton.common.errors import BatonError
 from baton.common.types import Role
 from baton.engine.mailbox import FromSource, FromTarget, InboxItem
+from baton.kvtransfer.fetched import FetchTaker
+from baton.kvtransfer.in_step import StepTaker
+from baton.kvtransfer.ledger import RING, wait_for
 from baton.kvtransfer.transport import Taker
 from baton.kvtransfer.wire import FrameHeader
 from baton.router.service import Router
 from baton.worker.assembly import Worker
 from tests.house import House
-from tests.toy import oracle, request
+from tests.toy import FORMAT, oracle, request
 from tests.worker.toy_process import toy_engine
 from tests.worker.world import Held
 
@@ -66,10 +71,16 @@ class Weather:
             timer.join()
 
 
-def kept(taker: Taker) -> Taker:
-    """One whose bytes are still there when the lane has gone on to the next frame."""
+def kept(header: FrameHeader, taker: Taker) -> tuple[FrameHeader, Taker]:
+    """The same frame of a taker whose bytes are still there when the lane has gone on to the next one."""
+    if isinstance(taker, StepTaker):  # what the source sums in step, brought along by the frame
+        ledger = taker._ledger
+        wait_for(lambda: ledger.summed(header.pieces - 1), lambda: False, LEASE_S)
+        ring = np.ctypeslib.as_array((ctypes.c_uint64 * RING).from_address(ledger.shared.sums))
+        sums = ring[np.arange(ledger.first, ledger.first + header.pieces) % RING]
+        return replace(header, checksums=sums.tobytes()), FetchTaker(taker._peer, taker._format)
     data: Any = getattr(taker, "_data", getattr(taker, "data", None))
-    return taker if data is None else Held(np.asarray(data).tobytes())
+    return header, taker if data is None else Held(np.asarray(data).tobytes())
 
 
 def expose(worker: Worker, weather: Weather) -> None:
@@ -83,11 +94,11 @@ def expose(worker: Worker, weather: Weather) -> None:
             post(item)
 
     def received(source: tuple[str, int], rank: int, header: FrameHeader, taker: Taker) -> None:
-        mine = kept(taker)
+        frame, mine = kept(header, taker)
 
         def land() -> None:
             try:
-                receive(source, rank, header, mine)
+                receive(source, rank, frame, mine)
             except BatonError:  # a lane logs it and goes on
                 return
 
@@ -121,7 +132,8 @@ async def answer(router: Router, number: int) -> None:
 async def test_bad_weather(house: House, transport: str, seed: int) -> None:
     weather = Weather(seed)
     for name, role in (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE), ("decode-1", Role.DECODE)):
-        settings: dict[str, object] = {"transport": transport, "lease_s": LEASE_S, "frame_bytes": 128}
+        frame = 2 * FORMAT.block_bytes
+        settings: dict[str, object] = {"transport": transport, "lease_s": LEASE_S, "frame_bytes": frame}
         engine = toy_engine(LEASE_S, num_blocks=48, late=seed % 2 == 0)
         expose(await house.worker(name, role, engine, **settings), weather)
     router = Router("router", RouterConfig(lease_s=2.0, heartbeat_s=0.1, max_attempts=1000), "secret")

@@ -11,8 +11,9 @@ from itertools import product
 import pytest
 
 from baton.common.types import Role
+from tests.toy import FORMAT
 from tests.worker.processes import LEASE_S, every, scene
-from tests.worker.toy_process import PAIR, PAIR_SOURCE, PAIR_TARGET, SOURCE, TARGET, Sick
+from tests.worker.toy_process import PAIR, PAIR_SOURCE, PAIR_TARGET, SOURCE, STEP, TARGET, Sick
 
 LENGTH = 24
 
@@ -24,7 +25,8 @@ PAIRS = {
 
 
 async def _case(role: Role, point: str, number: int, transport: str) -> None:
-    handover: dict[str, object] = {"lease_s": LEASE_S, "frame_bytes": 64, "transport": transport}
+    frame = 4 * FORMAT.block_bytes if point in STEP else FORMAT.block_bytes
+    handover: dict[str, object] = {"lease_s": LEASE_S, "frame_bytes": frame, "transport": transport}
     async with scene(Sick("sick", role, point, number, handover)) as made:
         await made.admit()
         await made.healthy("other", Role.DECODE if role is Role.PREFILL else Role.PREFILL)
@@ -47,5 +49,7 @@ CASES = [
 @pytest.mark.parametrize(("side", "name", "transport"), CASES)
 async def test_in_every_state(side: str, name: str, transport: str) -> None:
     role, points = (Role.PREFILL, SOURCE) if side == "source" else (Role.DECODE, TARGET)
-    those = PAIRS[side] if transport == "process-group" else points
+    those = PAIRS[side] if transport == "process-group" else list(points)
+    if transport == "shm":
+        those += [point for point in STEP if point.startswith(side)]
     await every(those, lambda point: _case(role, point, getattr(signal, name), transport), abreast=6)

@@ -19,7 +19,7 @@ from baton.kvtransfer.layout import Cut
 from baton.kvtransfer.plane import Plane
 from baton.kvtransfer.transport import Offer
 from baton.worker.rank_plane import reached_by_grpc
-from tests.toy import LAYERS, ToyPool
+from tests.toy import ENTRY, LAYERS, ToyPool
 
 HOST = "127.0.0.1"
 TOKEN = "secret"
@@ -45,7 +45,7 @@ def names() -> list[str]:
 def test_blocks_cross_by_grpc_between_processes_without_event_loops() -> None:
     ours, theirs = ToyPool(4), ToyPool(4)
     for layer in range(LAYERS):
-        ours.write(layer, 2, 0, bytes(range(layer, layer + 8)))
+        ours.write(layer, 2, 0, bytes(range(layer, layer + ENTRY)))
     said: queue.SimpleQueue[Any] = queue.SimpleQueue()
     seen: list[Any] = []
     with (

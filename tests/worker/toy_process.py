@@ -28,6 +28,7 @@ from baton.decode.role import DecodeRole
 from baton.engine.mailbox import FromRouter, FromSource, FromTarget, Inbox
 from baton.engine.plan import StepPlan
 from baton.kvtransfer import pair
+from baton.kvtransfer.host_store import HostStore
 from baton.kvtransfer.pair import Pair
 from baton.kvtransfer.process_group import ProcessGroups
 from baton.protos.rpc import CalledStream
@@ -70,6 +71,7 @@ class Reach:
 
 
 When = Callable[..., bool]
+Point = Callable[[Worker, "Strike"], None]
 
 
 @dataclass
@@ -178,13 +180,41 @@ def _landing(worker: Worker, strike: Strike, where: str) -> None:
     worker.plane.inlet.receive = wrapped  # type: ignore[method-assign]
 
 
+def _halfway(side: str) -> Point:
+    """One piece of a frame has been summed, or copied, in step; the other end waits for more, or has gone on."""
+
+    def lead(original: Any, strike: Strike) -> Any:
+        def led(store: Any, ledger: Any, done: int, layers: range, blocks: Any, route: Any) -> int:
+            if not strike.done and done == 0 and len(blocks) > 1:
+                done = original(store, ledger, done, layers[:1], blocks[:1], route)
+                strike()
+            return int(original(store, ledger, done, layers, blocks, route))
+
+        return led
+
+    def follow(original: Any, strike: Strike) -> Any:
+        def followed(store: Any, ledger: Any, done: int, *there: Any) -> int:
+            *peer, layers, theirs, blocks, route, sums, over = there
+            if not strike.done and done == 0 and len(blocks) > 1:
+                some = tuple(each[:1] for each in sums)
+                done = original(store, ledger, 0, *peer, layers[:1], theirs[:1], blocks[:1], route, some, over)
+                strike()
+            return int(original(store, ledger, done, *there))
+
+        return followed
+
+    def point(_: Worker, strike: Strike) -> None:
+        name, made = ("lead", lead) if side == "source" else ("follow", follow)
+        setattr(HostStore, name, made(getattr(HostStore, name), strike))
+
+    return point
+
+
 def _pausing(worker: Worker, strike: Strike) -> None:
     """A request that moves away has just left the batch."""
     (decode,) = (role for role in worker.loop.roles if isinstance(role, DecodeRole))
     strike.after(decode._planner, "pause")
 
-
-Point = Callable[[Worker, Strike], None]
 
 SOURCE: dict[str, Point] = {
     "source: about to ask": lambda w, s: s.before(w._targets, "send", _sends(Reserve)),
@@ -229,13 +259,19 @@ PAIR_TARGET: dict[str, Point] = {
     "target: its bytes under way": lambda _, s: s.after(Pair, "receive", _nth(7)),
 }
 
+STEP: dict[str, Point] = {
+    "source: halfway through a frame": _halfway("source"),
+    "target: halfway through a frame": _halfway("target"),
+}
+"""At an end of a lane by shared memory whose frames hold several blocks."""
+
 MOVING: dict[str, Point] = {
     "source: told to move": lambda _, s: s.before(Inbox, "post", _posts(FromRouter, Move)),
     "source: paused": _pausing,
 }
 """At a decode worker that a running request leaves."""
 
-POINTS = SOURCE | TARGET | PAIR | PAIR_SOURCE | PAIR_TARGET | MOVING
+POINTS = SOURCE | TARGET | PAIR | PAIR_SOURCE | PAIR_TARGET | STEP | MOVING
 
 
 def toy_engine(lease_s: float, step_s: float = 0.0, num_blocks: int = 64, late: bool = False) -> ToyEngine:
