@@ -24,6 +24,7 @@ from ..common.config import HandoverConfig
 from ..common.kv_format import KvFormat
 from ..kernels import pack
 from ..kvtransfer.layout import Cut
+from ..kvtransfer.outlet import SHORTER
 from .gpu_end import SOURCE, End, RemoteSource, fill, make_pool
 from .record import write
 
@@ -202,7 +203,8 @@ def handovers(pair: Pair, tokens: Sizes, limit: float, rounds: int = ROUNDS) -> 
     """All that the two can do. Raises `HandoverFailed` where one breaks, `AssertionError` where what came is not what
     was sent."""
     for transport in pair.transports:
-        for count, frame in itertools.product(tokens[transport], FRAMES):
+        frames = [frame for frame in FRAMES if frame <= SHORTER.get(transport, frame)]
+        for count, frame in itertools.product(tokens[transport], frames):
             yield _measure(pair, transport, count, frame, limit, rounds)
         assert pair.arrived(count // pair.format.block_size), f"{transport} brought something else"
 

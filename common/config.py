@@ -77,7 +77,7 @@ class HandoverConfig:
     (`kvtransfer/outlet.py`)."""
     window_frames: int = 3
     """Credits: at most so many frames are in flight from one source's rank to one target's, or as many bytes in up to
-    16 shorter ones. Enough that neither end waits."""
+    16 shorter ones; by tcp, whose frames are short, so many times 8 MiB. Enough that neither end waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

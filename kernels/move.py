@@ -129,7 +129,7 @@ def checksums(source: Memory, source_at: Places, size: int) -> NDArray[np.uint64
     return sums
 
 
-class Ledger(ctypes.Structure):
+class Counters(ctypes.Structure):
     """What the two ends of a copy in step share: `ledger` in move.c. Two counters of pieces, 8 bytes each, where the
     leading end writes the one and the following end the other, and a ring of `ring` sums; the leading end may be
     `ahead` pieces ahead, at most as many as the ring has."""
@@ -149,10 +149,10 @@ def keeps_step(segments: int, size: int) -> bool:
     return _library() is not None and _fits(segments, size)
 
 
-def lead(source: Memory, at: Places, size: int, done: int, ledger: Ledger, first: int, turn: int) -> int:
+def lead(source: Memory, at: Places, size: int, done: int, ledger: Counters, first: int, turn: int) -> int:
     """Sum the pieces from number `done` on, for a process that copies them and says how far it is: `turn` at a time, so
     that it finds them in the cache that both share. Number 0 is the ledger's `first`. Returns how many are done: fewer
-    than all where the other end did not follow within some 50 µs. Only where `keeps_step`. Raises as `copy` does."""
+    than all where the other end did not follow within some 300 µs. Only where `keeps_step`. Raises as `copy` does."""
     library = _library()
     assert library is not None
     done = library.lead(_there(source, at, size), done, at.pieces, at.grid.segments, size, ledger, first, turn)
@@ -162,7 +162,7 @@ def lead(source: Memory, at: Places, size: int, done: int, ledger: Ledger, first
 
 
 def follow(
-    source: Memory, source_at: Places, target: Memory, target_at: Places, size: int, done: int, ledger: Ledger,
+    source: Memory, source_at: Places, target: Memory, target_at: Places, size: int, done: int, ledger: Counters,
     first: int, turn: int, sums: tuple[NDArray[np.uint64], NDArray[np.uint64]], over: Flag,
 ) -> int:  # fmt: skip
     """The other end: copy the pieces from number `done` on as they are summed, until somebody says that it is `over`.
@@ -234,7 +234,7 @@ def _library(*flags: str) -> ctypes.CDLL | None:
         return None
     at, long = ctypes.POINTER(_Places), ctypes.c_long
     library.move.argtypes = (at, at, long, long, long, ctypes.c_int, ctypes.c_void_p)
-    ledger, number = ctypes.POINTER(Ledger), ctypes.c_uint64
+    ledger, number = ctypes.POINTER(Counters), ctypes.c_uint64
     library.lead.argtypes = (at, long, long, long, long, ledger, number, long)
     library.follow.argtypes = (at, at, long, long, long, long, ledger, number, long, *[ctypes.c_void_p] * 3)
     library.lead.restype = library.follow.restype = long

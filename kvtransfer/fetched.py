@@ -22,7 +22,7 @@ from .layout import Cut, Route, as_kept, frames, piece_bytes, routes
 from .transport import Store
 from .wire import FrameHeader
 
-AT_ONCE = 8 << 20
+AT_ONCE = 32 << 20
 """Bytes that are copied before the target looks whether its blocks are wanted back: the engine loop waits as long."""
 
 

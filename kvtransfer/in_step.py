@@ -1,7 +1,7 @@
 """Pieces that the target fetches as the source sums them: how `shm` carries them where both ends can (`ledger.py`).
 
-    source    header out     sums 1 MiB, sums 1 MiB, ...        next header
-    target            header in     copies 1 MiB, copies 1 MiB, ...     credit
+    source    header out     sums ½ MiB, sums ½ MiB, ...        next header
+    target            header in     copies ½ MiB, copies ½ MiB, ...     credit
 
 Neither holds a lock while it waits for the other. A source that has gone on to other things, because the handover ended
 under its hands, may sum blocks that change; nobody counts on them, for its slot no longer vouches for them.
@@ -16,13 +16,12 @@ import numpy as np
 
 from ..common import sockets
 from ..common.errors import TransportFailed
-from ..common.kv_format import KvFormat
 from ..kernels.move import Flag
 from .fetched import FetchGiver, FetchTaker, Peer, Shared
 from .host_store import HostStore
 from .layout import Route, routes
 from .ledger import Ledger, OwnLedger, wait_for
-from .link import SocketLink
+from .link import Greeting, SocketLink
 from .transport import Store
 from .wire import FrameHeader
 
@@ -62,12 +61,15 @@ class StepTaker(FetchTaker):
     """See `transport.Taker`. `connection`: the lane's, `patience`: seconds that the source may stand still."""
 
     def __init__(
-        self, peer: Peer, format: KvFormat, store: HostStore, ledger: Ledger, connection: socket.socket, patience: float
-    ) -> None:
-        """Raises `TransportFailed` where nobody here can keep step."""
-        super().__init__(peer, format)
-        if not all(store.keeps_step(r) for r in routes(format, store.format) if r.target_rank == store.rank):
-            raise TransportFailed("nobody can keep step here")
+        self, peer: Peer, greeting: Greeting, store: HostStore, ledger: Ledger, connection: socket.socket,
+        patience: float,
+    ) -> None:  # fmt: skip
+        """Raises `TransportFailed` where what this lane brings cannot be copied in step here."""
+        super().__init__(peer, greeting.format)
+        lane = (greeting.rank, store.rank)
+        mine = [r for r in routes(greeting.format, store.format) if (r.source_rank, r.target_rank) == lane]
+        if not all(map(store.keeps_step, mine)):
+            raise TransportFailed("there is no compiled loop here that keeps step")
         self._pool = store
         self._ledger = ledger
         self._connection = connection

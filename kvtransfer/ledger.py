@@ -52,7 +52,7 @@ class Ledger:
         memory = mapped(file, _SIZE, writable=True).view(np.uint64)  # Python's own would keep a descriptor
         self.magic, self._summed, self._taken = (memory[i * _LINE // 8 :][:1] for i in range(3))
         at = memory.ctypes.data
-        self.shared = move.Ledger(at + _LINE, at + 2 * _LINE, at + 3 * _LINE, RING, 0)
+        self.shared = move.Counters(at + _LINE, at + 2 * _LINE, at + 3 * _LINE, RING, 0)
         self.first = self.turn = 0
 
     def begin(self, piece: int) -> None:

@@ -1,9 +1,9 @@
 """The source's side of all transports: what is offered goes to lanes, one for each rank of each target.
 
-The engine loop only puts things into queues; a lane's thread cuts, reads and sends. The bytes of at most
-`window_frames` of a lane are under way without their credit, in more frames where they are shorter: that bounds memory
-on both sides, keeps both busy, and shares a target fairly among its sources. Control messages have a way of their own,
-so that a cancel overtakes the bulk.
+The engine loop only puts things into queues; a lane's thread cuts, reads and sends. Of a lane, `window_frames` whole
+frames are under way at most without their credit, or as many bytes in shorter ones: that bounds memory on both sides,
+keeps both busy, and shares a target fairly among its sources. Control messages have a way of their own, so that a
+cancel overtakes the bulk.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHORTER = {"tcp": 2 << 20, "grpc": 8 << 20, "process-group": 8 << 20, "cuda-ipc"
 the one before. By tcp it is copied twice at each end, and the second copy should find it in a cache; what is best by
 CUDA IPC `bench/gpu_kvtransfer.py` will tell."""
 
-LEAST_WINDOW = 8 << 20
+LEAST_COUNTED = 8 << 20
 """Bytes that a frame counts as in a window, where frames are shorter for a cache's sake and not to send less ahead."""
 
 MOST_UNDER_WAY = 16
@@ -56,7 +56,8 @@ MakeGiver = Callable[[str, Endpoint, Route], Giver]
 
 @dataclass(eq=False, slots=True)
 class _Transfer:
-    """A handover on its way. Whoever holds `lock` and finds it open may read its blocks."""
+    """A handover on its way. Whoever holds `lock` and finds it open may read its blocks, or vouch for them; what is
+    read once it has been closed is void."""
 
     id: int
     attempt: int
@@ -211,7 +212,7 @@ class _Lane:
         self._run_of = min(MAX_PIECES, max(1, frame // self._piece))
         self._queue: deque[_Share] = deque()
         self._under_way: deque[tuple[_Transfer, int]] = deque()
-        counted = max(frame, min(config.frame_bytes, LEAST_WINDOW), self._piece)
+        counted = max(frame, min(config.frame_bytes, LEAST_COUNTED), self._piece)
         self._window = self._room = config.window_frames * counted
         self._change = threading.Condition()
         self._giver: Giver | None = None

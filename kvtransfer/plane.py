@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -34,6 +35,8 @@ from .transport import Giver, Store
 
 if TYPE_CHECKING:  # a plane without process groups needs no torch
     from .process_group import ProcessGroups
+
+log = logging.getLogger(__name__)
 
 Event = Filled | Spoiled | TransportBroken
 
@@ -110,13 +113,22 @@ class Plane:
         return InlineGiver(lane, self.store, route, target.format)
 
     def _fetch_giver(self, shared: Shared, greeting: Greeting, address: str, route: Route) -> FetchGiver:
-        patience, store = self._config.lease_s, self.store
-        if not isinstance(store, HostStore) or not store.checked or not store.keeps_step(route):
-            return FetchGiver(SocketLink(address, self._token, greeting, patience), store, shared, route)
+        store = self.store
+        if isinstance(store, HostStore) and store.checked and store.keeps_step(route):
+            try:
+                return self._step_giver(store, shared, greeting, address, route)
+            except TransportFailed as error:  # it may still fetch what is summed beforehand
+                log.info("%s is not copied in step: %s", greeting.transport, error.message)
+        return FetchGiver(SocketLink(address, self._token, greeting, self._config.lease_s), store, shared, route)
+
+    def _step_giver(
+        self, store: HostStore, shared: Shared, greeting: Greeting, address: str, route: Route
+    ) -> StepGiver:
         try:
             own = OwnLedger()
         except OSError as error:  # for now, as where there are no more sockets
             raise WorkerLost(f"no room for what a lane to {address} shares: {error}") from error
+        patience = self._config.lease_s
         with contextlib.closing(own) as ledger:
             greeting = replace(greeting, ledger=ledger.address)
             link = SocketLink(address, self._token, greeting, patience)  # the target has opened it when this returns
@@ -131,7 +143,7 @@ class Plane:
             return FetchTaker(peer, source)
         if not isinstance(store, HostStore):
             raise TransportFailed("nobody keeps step here")
-        return StepTaker(peer, source, store, open_ledger(greeting.ledger), connection, self._config.lease_s)
+        return StepTaker(peer, greeting, store, open_ledger(greeting.ledger), connection, self._config.lease_s)
 
 
 def this_host() -> str:

@@ -52,8 +52,8 @@ class ProcessGroups:
 
     @property
     def is_nccl(self) -> bool:
-        """And not gloo, which only those take in who ask for it: a source that sends more than it has announced ends
-        the process of its target, which no check of ours can prevent."""
+        """Whether ranks meet by NCCL. Where they meet by gloo, only those let it in who ask for it: a source that sends
+        more than it has announced ends its target's process there, which no check of ours can prevent."""
         return self.device.type == "cuda"
 
     @property

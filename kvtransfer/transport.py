@@ -9,12 +9,12 @@ lets them into reserved blocks and nowhere else, and each frame is answered by a
     name            frames go by     bytes
     shm             socket           are copied by the target, out of the source's pool that it sees read-only, as the
                                      source sums them
-    cuda-ipc        socket           likewise, within one GPU or over NVLink
+    cuda-ipc        socket           are copied by the target, within one GPU or over NVLink
     process-group   socket           torch.distributed send and receive: NCCL or gloo
     tcp             socket           follow their frame
     grpc            gRPC stream      follow their frame
 
-Either way only the owner of memory writes into it.
+Either way only the owner of a pool writes into it.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ class Shared:
         self.summed, self.taken = np.full(1, begin, np.uint64), np.full(1, begin, np.uint64)
         self.sums = np.zeros(ring, np.uint64)
         pointers = (array.ctypes.data for array in (self.summed, self.taken, self.sums))
-        self.ledger = move.Ledger(*pointers, ring, ahead)
+        self.ledger = move.Counters(*pointers, ring, ahead)
 
 
 needs_compiler = pytest.mark.skipif(not move.keeps_step(2, 64 * 3), reason="there is no C compiler")

@@ -266,12 +266,14 @@ def test_without_it_frames_bring_their_sums_along(two: Two, monkeypatch: pytest.
     assert type(two.giver) is FetchGiver
 
 
-def test_a_target_that_cannot_keep_step_says_so(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("baton.kvtransfer.plane.open_ledger", _refuse)
-    two.offer(1, [1])
-    broken = two.source.hears()
-    assert isinstance(broken, TransportBroken) and broken.lasting and broken.message == "not here"
+def test_a_target_that_cannot_keep_step_fetches_what_brings_its_sums_along(
+    two: Two, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(address: str) -> None:
+        raise TransportFailed("not here")
 
-
-def _refuse(address: str) -> None:
-    raise TransportFailed("not here")
+    caplog.set_level("INFO")
+    monkeypatch.setattr("baton.kvtransfer.plane.open_ledger", refuse)
+    for number in (1, 2):
+        two.arrives(number)
+    assert type(two.giver) is FetchGiver and "not copied in step: not here" in caplog.text
