@@ -14,7 +14,7 @@ serve: .venv/.setup ## Serve the demo model: make serve [PORT=8123] [ARGS="--dec
 	.venv/bin/baton serve $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: .venv/.dev ## Run the tests: make test [ARGS="tests/router -k index"]
-	$(PY) -m pytest -n 3 --max-worker-restart 0 $(ARGS)
+	$(PY) -m pytest -n 2 --max-worker-restart 0 $(ARGS)
 
 check: .venv/.dev ## Style, types, and who may import whom
 	$(PY) -m ruff check .

@@ -1,6 +1,5 @@
 """For all tests: those that start the real processes are marked `e2e`, and get more time; where there is no GPU, Triton
-interprets its kernels; and several processes may share the tests (`make test` runs three, on two cores: many tests wait
-more than they compute)."""
+interprets its kernels; and several processes may share the tests (`make test` runs two)."""
 
 from __future__ import annotations
 

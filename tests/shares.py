@@ -1,4 +1,4 @@
-"""How several processes share the tests (`pytest -n 3`): each takes a file at a time, a whole room, or a test."""
+"""How several processes share the tests (`pytest -n 2`): each takes a file at a time, a whole room, or a test."""
 
 from __future__ import annotations
 
