@@ -36,6 +36,7 @@ FORMAT = KvFormat(3, 1, 128, 16, "float16", 1)
 KEY = ("prefill-0", 11, 5)
 BLOCKS = 8
 PATIENCE = 0.2
+GREETING = Greeting(*KEY[:2], 0, 1, 0, "shm", "", FORMAT)
 
 
 def _never(*_: object) -> Bytes:
@@ -58,7 +59,7 @@ class Target:
         self.ledger = OwnLedger()
         self.lane, self._there = socket.socketpair()
         peer = self.source.peer(self.source.address(BLOCKS), FORMAT)
-        self.taker = StepTaker(peer, FORMAT, store, open_ledger(self.ledger.address), self._there, PATIENCE)
+        self.taker = StepTaker(peer, GREETING, store, open_ledger(self.ledger.address), self._there, PATIENCE)
         self.server = LaneServer(WorkerRef("decode-0", "", 1), 0, self.inlet, {}, PATIENCE)
 
     def take(self) -> BatonError | None:
@@ -70,7 +71,7 @@ class Target:
 
         def run() -> None:
             try:
-                self.server.take(Greeting(*KEY[:2], 0, 1, 0, "shm", "", FORMAT), header, self.taker)
+                self.server.take(GREETING, header, self.taker)
             except BatonError as error:
                 ended.append(error)
             else:
