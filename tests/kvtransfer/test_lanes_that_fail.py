@@ -171,3 +171,15 @@ def test_a_process_group_that_never_met_ends_with_its_target() -> None:
     finally:
         source.stop()
         target.stop()
+
+
+def test_gloo_is_let_in_by_those_who_ask_for_it() -> None:
+    """It ends the process of a target that is sent more than was announced."""
+    source, target = End("source"), End("target", transport="auto")
+    try:
+        source.plane.outlet.open(5, 1, target.endpoint, "process-group")
+        broken = source.hears()
+        assert isinstance(broken, TransportBroken) and broken.lasting and "no process-group here" in broken.message
+    finally:
+        source.stop()
+        target.stop()

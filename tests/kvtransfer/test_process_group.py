@@ -394,15 +394,3 @@ def test_a_process_that_freezes_and_one_that_dies(ends: Callable[..., End], othe
         other.send_signal(signal.SIGCONT)
         here.plane.inlet.close(("other", 1, 5))
     assert soon(lambda: set(threading.enumerate()) <= threads), threading.enumerate()
-
-
-def test_gloo_is_let_in_by_those_who_ask_for_it() -> None:
-    """It ends the process of a target that is sent more than was announced."""
-    source, target = End("source"), End("target", transport="auto")
-    try:
-        source.plane.outlet.open(5, 1, target.endpoint, "process-group")
-        broken = source.hears()
-        assert isinstance(broken, TransportBroken) and broken.lasting and "no process-group here" in broken.message
-    finally:
-        source.stop()
-        target.stop()
