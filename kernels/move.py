@@ -154,6 +154,7 @@ def lead(source: Memory, at: Places, size: int, done: int, ledger: Counters, fir
     that it finds them in the cache that both share. Number 0 is the ledger's `first`. Returns how many are done: fewer
     than all where the other end did not follow within some 300 µs. Only where `keeps_step`. Raises as `copy` does."""
     library = _library()
+    _step(library, at.grid.segments, size)
     assert library is not None
     done = library.lead(_there(source, at, size), done, at.pieces, at.grid.segments, size, ledger, first, turn)
     if done < 0:
@@ -169,6 +170,7 @@ def follow(
     Into the two `sums` [pieces] go those of what was stored and those that the leading end found. Returns as `lead`
     does."""
     library = _library()
+    _step(library, source_at.grid.segments, size)
     assert library is not None
     pieces, ours, theirs = source_at.pieces, *sums
     if not pieces == target_at.pieces == ours.size == theirs.size or not target.flags.writeable:
@@ -181,6 +183,12 @@ def follow(
     if done < 0:
         source_at.offsets(), target_at.offsets()  # one of the two says what is wrong
     return int(done)
+
+
+def _step(library: ctypes.CDLL | None, segments: int, size: int) -> None:
+    """The compiled loop would not end with segments that are no whole stripes."""
+    if library is None or not _fits(segments, size):
+        raise ValueError(f"{segments} segments of {size} bytes cannot be copied in step")
 
 
 class _Places(ctypes.Structure):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..common import sockets
-from ..common.errors import TransportFailed
+from ..common.errors import HandoverFailed, TransportFailed
 from ..kernels.move import Flag
 from .fetched import FetchGiver, FetchTaker, Peer, Shared
 from .host_store import HostStore
@@ -81,6 +81,8 @@ class StepTaker(FetchTaker):
         wait_for(lambda: self._ledger.summed(self._done), lambda: sockets.hung_up(self._connection), self._patience)
 
     def land(self, store: Store, header: FrameHeader, blocks: Sequence[int], route: Route, over: Flag) -> bool:
+        if not self._pool.keeps_step(route):  # the reservation's route, which need not be what the greeting said
+            raise HandoverFailed("pieces that cannot be copied in step")
         if self._done == 0:
             self._ledger.begin(header.size // header.pieces)
             self._sums = np.zeros((2, header.pieces), dtype=np.uint64)

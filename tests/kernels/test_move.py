@@ -353,3 +353,8 @@ def test_blocks_that_are_not_there_are_neither_summed_nor_copied() -> None:
     assert shared.taken[0] == 0 and not target.any()
     with pytest.raises(ValueError, match="places"):
         move.follow(MEMORY, good, target, good, 2048, 0, shared.ledger, 0, 4, (sums[0][:1], sums[1]), GOING_ON)
+    for size in (64, 2047):
+        with pytest.raises(ValueError, match="in step"):
+            move.lead(MEMORY, good, size, 0, shared.ledger, 0, 4)
+        with pytest.raises(ValueError, match="in step"):
+            move.follow(MEMORY, good, target, good, size, 0, shared.ledger, 0, 4, sums, GOING_ON)

@@ -128,6 +128,19 @@ def test_a_frame_that_is_refused_costs_nobody_the_step(two: Two) -> None:
     two.arrives(4)
 
 
+def test_pieces_that_cannot_be_copied_in_step_are_refused(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the greeting said: the route is the reservation's."""
+    two.arrives(1)
+    monkeypatch.setattr(two.target.store, "keeps_step", lambda route: False)
+    key = two.reserve(2, [4, 5])
+    two.offer(2, [1, 2])
+    said = two.target.hears()
+    assert isinstance(said, Spoiled) and "in step" in said.message
+    monkeypatch.undo()
+    two.inlet.close(key)
+    two.arrives(3)
+
+
 def test_what_is_altered_on_the_way_is_found_out(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     two.arrives(1)
     follow = HostStore.follow
